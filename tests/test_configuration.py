@@ -1,0 +1,112 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from transfusion.configuration import PRESETS, TransfusionConfig
+from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+
+
+PAPER_SIZES = {"0.16b": 0.16e9, "0.37b": 0.37e9, "0.76b": 0.76e9, "1.4b": 1.4e9, "7b": 7e9}
+
+
+def count_parameters(config: TransfusionConfig) -> int:
+    with torch.device("meta"):
+        model = TransfusionForMultimodalGeneration(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_presets_have_the_papers_parameter_counts(name: str) -> None:
+    config = TransfusionConfig.from_preset(name)
+    total = count_parameters(config)
+    assert total == pytest.approx(PAPER_SIZES[name], rel=0.04)
+    width, ffn, layers, vocabulary = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+    )
+    transformer = layers * (4 * width**2 + 3 * width * ffn + 2 * width) + width + 2 * vocabulary * width
+    codec = (config.patch_dim + 1) * width + (width + 1) * config.patch_dim + (256 + 1) * width + (width + 1) * width
+    assert total == transformer + codec
+    # Table 7: the linear codec adds 0.3 to 0.5 %.
+    assert 0.3 <= round(100 * codec / transformer, 1) <= 0.5
+
+
+def test_demo_preset_is_small_and_takes_overrides() -> None:
+    config = TransfusionConfig.from_preset("demo", num_hidden_layers=1, objective="ddpm")
+    assert (config.num_hidden_layers, config.objective) == (1, "ddpm")
+    assert count_parameters(TransfusionConfig.from_preset("demo")) < 20e6
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = TransfusionConfig()
+    assert (config.objective, config.image_loss_weight, config.num_train_timesteps) == ("ddpm", 5.0, 1000)
+    assert (config.latent_channels, config.patch_size, config.default_image_grid) == (8, 2, (16, 16))
+    assert config.patch_dim == 32
+    assert [config.boi_token_id, config.eoi_token_id, config.image_token_id] == [32000, 32001, 32002]
+
+
+def test_round_trip_through_json(tmp_path: Path) -> None:
+    config = TransfusionConfig.from_preset("demo", timestep_shift=2.0, rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    config.save_pretrained(tmp_path)
+    again = TransfusionConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.default_image_grid == config.default_image_grid
+    assert again.rope_parameters["rope_theta"] == 5e4
+
+
+REFUSED = [
+    ({"objective": "score"}, ["objective", "'score'", "'ddpm'", "'flow'"]),
+    ({"timestep_density": "beta"}, ["timestep_density", "'beta'", "'logit_normal'"]),
+    ({"hidden_size": "64"}, ["hidden_size", "'64'", "positive integer"]),
+    ({"hidden_size": 0}, ["hidden_size=0"]),
+    ({"num_attention_heads": 5}, ["hidden_size=768", "multiple of num_attention_heads (5)"]),
+    ({"num_key_value_heads": 5}, ["num_key_value_heads=5", "divisor of num_attention_heads (12)"]),
+    ({"head_dim": 63}, ["head_dim=63", "even"]),
+    ({"image_loss_weight": math.nan}, ["image_loss_weight=nan", "finite"]),
+    ({"image_loss_weight": -1}, ["image_loss_weight=-1", "0 or more"]),
+    ({"attention_dropout": 1.0}, ["attention_dropout=1.0"]),
+    ({"timestep_std": 0}, ["timestep_std=0", "above 0"]),
+    ({"qk_norm": 1}, ["qk_norm=1", "True or False"]),
+    ({"patch_size": True}, ["patch_size=True"]),
+    ({"boi_token_id": 32003}, ["boi_token_id=32003", "below vocab_size (32003)"]),
+    ({"boi_token_id": 5, "eoi_token_id": 5}, ["three different ids"]),
+    ({"default_image_grid": (100, 100)}, ["(100, 100)", "10002", "4096"]),
+    ({"default_image_grid": (4,)}, ["default_image_grid=(4,)", "(rows, columns)"]),
+    ({"hiden_size": 64}, ["hiden_size=64", "did you mean hidden_size"]),
+    ({"completely_unknown": 1}, ["completely_unknown=1", "not a field"]),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), REFUSED, ids=[next(iter(values)) for values, _ in REFUSED])
+def test_refuses_bad_values_at_construction(values: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        TransfusionConfig(**values)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_refuses_bad_values_on_load_and_on_save(tmp_path: Path) -> None:
+    config = TransfusionConfig()
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "objective": "score"}))
+    with pytest.raises(ValueError, match="objective='score'"):
+        TransfusionConfig.from_pretrained(tmp_path)
+    config.patch_size = -1
+    with pytest.raises(ValueError, match="patch_size=-1"):
+        config.save_pretrained(tmp_path)
+
+
+def test_unknown_preset_names_the_known() -> None:
+    with pytest.raises(ValueError, match="'8b'; allowed: 0.16b"):
+        TransfusionConfig.from_preset("8b")
+    assert set(PRESETS) == {*PAPER_SIZES, "demo"}
+
+
+def test_a_short_context_takes_a_smaller_default_grid() -> None:
+    assert TransfusionConfig(max_position_embeddings=20).default_image_grid == (4, 4)

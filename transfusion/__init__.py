@@ -1,0 +1,59 @@
+"""Transfusion: one transformer that predicts the next token and diffuses images (arXiv:2408.11039).
+
+Importing this package registers its classes with transformers' Auto classes.
+"""
+
+import importlib
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration import TransfusionConfig
+from .image_processing import TransfusionImageProcessor
+from .modeling_transfusion import TransfusionForMultimodalGeneration, TransfusionModel, TransfusionOutput
+from .processing import TransfusionProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("transfusion", TransfusionConfig, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(TransfusionConfig, TransfusionForMultimodalGeneration, exist_ok=True)
+AutoImageProcessor.register(
+    TransfusionConfig, image_processor_classes={"pil": TransfusionImageProcessor}, exist_ok=True
+)
+AutoProcessor.register(TransfusionConfig, TransfusionProcessor, exist_ok=True)
+
+# These import diffusers or the Trainer, which takes seconds: only when they are asked for.
+_LAZY = {
+    "TransfusionPipeline": "pipeline",
+    "TransfusionDataCollator": "training",
+    "TransfusionTrainer": "training",
+    "TransfusionTrainingArguments": "training",
+}
+
+__all__ = [
+    "TransfusionConfig",
+    "TransfusionDataCollator",
+    "TransfusionForMultimodalGeneration",
+    "TransfusionImageProcessor",
+    "TransfusionModel",
+    "TransfusionOutput",
+    "TransfusionPipeline",
+    "TransfusionProcessor",
+    "TransfusionTrainer",
+    "TransfusionTrainingArguments",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

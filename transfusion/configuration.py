@@ -1,0 +1,246 @@
+"""`TransfusionConfig`: one flat, validated description of a Transfusion model (Zhou et al. 2024, arXiv:2408.11039)."""
+
+import difflib
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+OBJECTIVES = ("ddpm", "flow")
+TIMESTEP_DENSITIES = ("uniform", "logit_normal")
+
+# Paper, Table 2: layers, width, heads. The feed-forward width is Llama's rule, which the paper does not state.
+_PAPER_SIZES = {
+    "0.16b": (16, 768, 12),
+    "0.37b": (24, 1024, 16),
+    "0.76b": (24, 1536, 24),
+    "1.4b": (24, 2048, 16),
+    "7b": (32, 4096, 32),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    for name, (layers, width, heads) in _PAPER_SIZES.items()
+}
+# What two CPU cores train in minutes on the pictures that ship with the package.
+PRESETS["demo"] = {
+    "num_hidden_layers": 6,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "qk_norm": True,
+    "latent_channels": 8,
+    "patch_size": 2,
+    "objective": "flow",
+    "default_image_grid": (8, 8),
+}
+
+# Keys that transformers itself writes to a config.json or passes to a config, beside the fields of its dataclass.
+_TRANSFORMERS_KEYS = frozenset(
+    "_attn_implementation_internal _commit_hash _experts_implementation_internal _name_or_path add_cross_attention "
+    "attn_implementation auto_map cross_attention_hidden_size custom_pipelines decoder_start_token_id "
+    "experts_implementation finetuning_task is_decoder model_type name_or_path num_labels output_attentions "
+    "per_layer_config prefix pruned_heads quantization_config rope_scaling rope_theta partial_rotary_factor "
+    "sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript "
+    "transformers_version use_bfloat16".split()
+)
+
+
+class TransfusionConfig(PreTrainedConfig):
+    """Configuration of a Transfusion model; the defaults are the paper's smallest controlled model (section 4.1).
+
+    Every value is checked when the config is made, loaded and saved: a `ValueError` names the field, its value and
+    what is allowed. A name that is no field is refused too, since transformers would silently keep a misspelt one.
+
+    Args:
+        vocab_size: Size of the embedding table, control tokens included (Llama 2's 32,000 and three more).
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim: As in
+            Llama. `intermediate_size` defaults to two thirds of four widths, rounded up to a multiple of 256.
+        attention_bias, mlp_bias, qk_norm: Biases and the RMSNorm on queries and keys that Qwen-like checkpoints have.
+        latent_channels: Channels of the image latents (3 where pixels are the latents).
+        patch_size: Side of a square patch, in latent positions.
+        objective: `"ddpm"` (epsilon prediction under the cosine schedule: the paper) or `"flow"` (rectified flow).
+        image_loss_weight: The weight of the image loss beside the text loss (paper, equation 4: 5).
+        num_train_timesteps: Length of the noise schedule.
+        timestep_density, timestep_mean, timestep_std, timestep_shift: How `flow` draws noise levels in training
+            (Esser et al. 2024, arXiv:2403.03206, sections 3.1 and 5.3.2); `ddpm` draws them uniformly.
+        boi_token_id, eoi_token_id, image_token_id: Begin-of-image, end-of-image and patch placeholder. By default the
+            last three ids of the vocabulary, in this order.
+        default_image_grid: (rows, columns) of patches of a picture whose size nobody names. By default (16, 16), the
+            paper's 256 patches, or the largest square that fits into `max_position_embeddings`.
+    """
+
+    model_type = "transfusion"
+    keys_to_ignore_at_inference = ["past_key_values", "text_loss", "image_loss", "image_prediction"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 32003
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    latent_channels: int = 8
+    patch_size: int = 2
+    objective: str = "ddpm"
+    image_loss_weight: int | float = 5.0
+    num_train_timesteps: int = 1000
+    timestep_density: str = "logit_normal"
+    timestep_mean: int | float = 0.0
+    timestep_std: int | float = 1.0
+    timestep_shift: int | float = 1.0
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+    image_token_id: int | None = None
+    default_image_grid: tuple[int, int] | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        self._check_numbers()
+        if self.head_dim is None:
+            heads = self.num_attention_heads
+            _check(self, "hidden_size", lambda v: v % heads == 0, f"a multiple of num_attention_heads ({heads})")
+            self.head_dim = self.hidden_size // heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * math.ceil(8 * self.hidden_size / 3 / 256)
+        for offset, name in enumerate(("boi_token_id", "eoi_token_id", "image_token_id")):
+            if getattr(self, name) is None:
+                setattr(self, name, self.vocab_size - 3 + offset)
+        if self.default_image_grid is None:
+            side = min(16, math.isqrt(max(self.max_position_embeddings - 2, 1)))
+            self.default_image_grid = (side, side)
+        self.default_image_grid = tuple(self.default_image_grid)
+        super().__post_init__(**kwargs)
+        self._check_architecture()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "TransfusionConfig":
+        """Return the config of a named size: the paper's five (Table 2) or `"demo"`; `overrides` replace fields."""
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of a patch vector, laid out (channel, row in patch, column in patch)."""
+        return self.latent_channels * self.patch_size**2
+
+    def validate(self) -> None:
+        """Check every field again; transformers calls this before it saves a config."""
+        super().validate()
+        self._check_numbers()
+        self._check_architecture()
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        fields = set(self.__dataclass_fields__)
+        # Generation settings are dropped by transformers itself, with its own message when they are saved.
+        known = fields | _TRANSFORMERS_KEYS | set(self._get_generation_defaults())
+        for name, value in kwargs.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, fields, n=3)
+                hint = (
+                    f"did you mean {' or '.join(close)}?" if close else "see TransfusionConfig's docstring for them."
+                )
+                raise ValueError(f"{name}={value!r} is not a field of TransfusionConfig; {hint}")
+
+    @staticmethod
+    def _get_generation_defaults() -> dict[str, Any]:
+        from transformers import GenerationConfig
+
+        return GenerationConfig._get_default_generation_params()
+
+    def _check_numbers(self) -> None:
+        """Check each field alone: its type, its range, its allowed values."""
+        for name in _POSITIVE_INTEGERS:
+            _check(self, name, lambda v: _is_int(v) and v > 0, "a positive integer")
+        for name in ("intermediate_size", "num_key_value_heads", "head_dim"):
+            _check(self, name, lambda v: v is None or (_is_int(v) and v > 0), "a positive integer or None")
+        for name in ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm"):
+            _check(self, name, lambda v: isinstance(v, bool), "True or False")
+        for name in ("rms_norm_eps", "timestep_std", "timestep_shift"):
+            _check(self, name, lambda v: _is_number(v) and v > 0, "a finite number above 0")
+        for name in ("initializer_range", "image_loss_weight"):
+            _check(self, name, lambda v: _is_number(v) and v >= 0, "a finite number, 0 or more")
+        _check(self, "timestep_mean", _is_number, "a finite number")
+        _check(self, "attention_dropout", lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to, not with, 1")
+        _check(self, "objective", OBJECTIVES.__contains__, " or ".join(map(repr, OBJECTIVES)))
+        _check(self, "timestep_density", TIMESTEP_DENSITIES.__contains__, " or ".join(map(repr, TIMESTEP_DENSITIES)))
+        _check(
+            self, "default_image_grid", lambda v: v is None or _is_grid(v), "(rows, columns), two positive integers"
+        )
+        for name in ("pad_token_id", "bos_token_id", "boi_token_id", "eoi_token_id", "image_token_id"):
+            _check(self, name, lambda v: v is None or (_is_int(v) and v >= 0), "an id (0 or more) or None")
+
+    def _check_architecture(self) -> None:
+        """Check fields against each other."""
+        heads = self.num_attention_heads
+        _check(self, "num_key_value_heads", lambda v: heads % v == 0, f"a divisor of num_attention_heads ({heads})")
+        _check(self, "head_dim", lambda v: v % 2 == 0, "an even integer, since rotary embeddings turn pairs")
+        control = {name: getattr(self, name) for name in ("boi_token_id", "eoi_token_id", "image_token_id")}
+        for name in control:
+            _check(self, name, lambda v: 0 <= v < self.vocab_size, f"an id below vocab_size ({self.vocab_size})")
+        if len(set(control.values())) < 3:
+            raise ValueError(f"{control} must be three different ids.")
+        rows, columns = self.default_image_grid
+        if rows * columns + 2 > self.max_position_embeddings:
+            raise ValueError(
+                f"default_image_grid={self.default_image_grid} takes {rows * columns + 2} positions with its "
+                f"begin and end tokens; max_position_embeddings={self.max_position_embeddings} allows no more than that. "
+                "Take a smaller grid, larger patches or more positions."
+            )
+
+
+_POSITIVE_INTEGERS = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings "
+    "latent_channels patch_size num_train_timesteps"
+).split()
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_grid(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(_is_int(side) and side > 0 for side in value)
+
+
+def _check(config: TransfusionConfig, name: str, is_allowed: Any, allowed: str) -> None:
+    value = getattr(config, name)
+    if not is_allowed(value):
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}.")
+
+
+__all__ = ["OBJECTIVES", "PRESETS", "TIMESTEP_DENSITIES", "TransfusionConfig"]

@@ -1,0 +1,448 @@
+"""`generate` and `generate_images`: writing token by token, and the switch to drawing at begin-of-image (section 3).
+
+Shapes: B rows, L tokens, N images, n patches of one image, P patches of all, D patch_dim, V vocabulary.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+from .configuration import TransfusionConfig
+from .denoising import (
+    Context,
+    Document,
+    Drawing,
+    Grid,
+    StepCallback,
+    draw_images,
+    draw_noise,
+    pad_left,
+    read_documents,
+)
+from .diffusion import check_scheduler, make_scheduler
+from .latents import image_block_ids
+
+
+# (denoising steps, guidance scale) where the caller names none; both stand in the generation config of a checkpoint.
+SAMPLING_DEFAULTS = {"ddpm": (50, 3.0), "flow": (30, 3.0)}
+
+
+@dataclass
+class TransfusionImageOutput(ModelOutput):
+    """Drawn images: `latent_patches` (P, D) and `image_grids` (N, 2), in the order of the prompts."""
+
+    latent_patches: Tensor | None = None
+    image_grids: Tensor | None = None
+
+
+@dataclass
+class TransfusionGenerateOutput(ModelOutput):
+    """An interleaved generation.
+
+    Attributes:
+        sequences: (B, L) prompts and new tokens, padded on the right; each patch holds the image placeholder.
+        images: Per row, the patches (n, D) of each image it drew, in order.
+        image_grids: Per row, the (rows, columns) of each.
+        prompt_length: Length of the prompts in `sequences`.
+    """
+
+    sequences: Tensor | None = None
+    images: list[list[Tensor]] | None = None
+    image_grids: list[list[Grid]] | None = None
+    prompt_length: int | None = None
+
+
+def list_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, num_rows: int
+) -> list[torch.Generator | None]:
+    """One generator per row: a single one serves all in turn; a list of another length is a ValueError."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator] * num_rows
+    if len(generator) != num_rows:
+        raise ValueError(f"generator is a list of {len(generator)} for {num_rows} images. Give one, or one for each.")
+    return list(generator)
+
+
+def list_grids(image_grids: Any, num_rows: int, config: TransfusionConfig) -> list[Grid]:
+    """One grid per row: `image_grids` is one (rows, columns), one for each row, or None for the config's default."""
+    if image_grids is None:
+        image_grids = config.default_image_grid
+    table = torch.as_tensor(image_grids)
+    table = table.expand(num_rows, 2) if table.ndim == 1 else table
+    if table.shape != (num_rows, 2) or table.is_floating_point() or bool((table < 1).any()):
+        raise ValueError(f"image_grids={image_grids} is not (rows, columns), nor {num_rows} of these.")
+    grids = [(int(rows), int(columns)) for rows, columns in table.tolist()]
+    for rows, columns in grids:
+        if rows * columns + 2 > config.max_position_embeddings:
+            raise ValueError(
+                f"A grid of ({rows}, {columns}) takes {rows * columns + 2} positions; max_position_embeddings="
+                f"{config.max_position_embeddings} allows no more than that. Take a smaller one."
+            )
+    return grids
+
+
+def check_batch(input_ids: Tensor) -> None:
+    """Refuse prompts that are no (B, L) batch, or an empty one."""
+    if input_ids.ndim != 2 or input_ids.shape[0] == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; give a batch (rows, length) of at least one row."
+        )
+
+
+def append_boi(document: Document, boi_token_id: int) -> None:
+    """End `document` in the begin-of-image token, where it does not already."""
+    if len(document.input_ids) == 0 or document.input_ids[-1] != boi_token_id:
+        document.input_ids = torch.cat([document.input_ids, document.input_ids.new_tensor([boi_token_id])])
+
+
+class NoImageBegin(SuppressTokensLogitsProcessor):
+    """Keeps text mode from beginning an image; the interleaved decoder takes it out."""
+
+
+class InterleavedDecoder:
+    """The decoding loop that switches to drawing (paper, section 3); `generate` calls it after its preparations.
+
+    All rows take one token per turn. A row that samples begin-of-image gets its image, denoised after its own document;
+    then the clean patches and the end-of-image token join the shared context in one run, in which the other rows have
+    hidden padding. These wait with the logits they hold.
+    """
+
+    def __init__(
+        self, drawing: Drawing, image_grids: Any, generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> None:
+        self.drawing = drawing
+        self.image_grids = image_grids
+        self.generator = generator
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> TransfusionGenerateOutput:
+        """Continue `input_ids` (B, L) until every row has stopped; a prompt that ends in begin-of-image draws at once."""
+        if generation_config.num_beams > 1:
+            raise ValueError(f"num_beams={generation_config.num_beams} cannot draw; use 1, or generation_mode='text'.")
+        processors = LogitsProcessorList([p for p in logits_processor if not isinstance(p, NoImageBegin)])
+        images = model_kwargs.get("latent_patches"), model_kwargs.get("image_grids")
+        documents = read_documents(input_ids, model_kwargs.get("attention_mask"), *images, model.config)
+        prompts = [copy.copy(document) for document in documents]
+        visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
+        context = Context(model, documents, visible)
+        grids = list_grids(self.image_grids, len(documents), model.config)
+        generators = list_generators(self.generator, len(documents))
+        boi = model.config.boi_token_id
+        timeline, logits = input_ids, context.logits
+        is_live = torch.ones(len(documents), dtype=torch.bool, device=input_ids.device)
+        is_drawing = torch.stack([document.input_ids[-1] == boi for document in documents])
+        while True:
+            if is_drawing.any():
+                after_image = self.draw(model, context, documents, is_drawing, grids, generators)
+                logits = torch.where(is_drawing[:, None], after_image, logits)
+            if not is_live.any():
+                break
+            tokens = choose_tokens(processors(timeline, logits), generation_config.do_sample)
+            tokens = torch.where(is_live, tokens, 0)
+            timeline = torch.cat([timeline, tokens[:, None]], dim=1)
+            append_tokens(documents, tokens[:, None], is_live[:, None])
+            is_drawing = is_live & (tokens == boi)
+            was_live, is_live = is_live, is_live & ~stopping_criteria(timeline, None)
+            if is_live.any() or is_drawing.any():
+                logits = context.extend(tokens[:, None], was_live[:, None], [], [])
+        return collect_output(input_ids, prompts, documents, generation_config)
+
+    def draw(
+        self,
+        model: Any,
+        context: Context,
+        documents: list[Document],
+        is_drawing: Tensor,
+        grids: list[Grid],
+        generators: list[torch.Generator | None],
+    ) -> Tensor:
+        """Draw after the rows where `is_drawing`, commit image and end-of-image token; return the next logits (B, V)."""
+        config = model.config
+        rows = is_drawing.nonzero().flatten().tolist()
+        row_grids, row_generators = [grids[row] for row in rows], [generators[row] for row in rows]
+        noise = draw_noise(row_grids, row_generators, config.patch_dim, model.device)
+        images = draw_images(model, [documents[row] for row in rows], noise, row_grids, self.drawing, row_generators)
+        written = {
+            row: torch.tensor([config.image_token_id] * len(image) + [config.eoi_token_id], device=model.device)
+            for row, image in zip(rows, images, strict=True)
+        }
+        nothing = is_drawing.new_zeros(0, dtype=torch.long)
+        blocks = [written.get(row, nothing) for row in range(len(documents))]
+        input_ids, is_token = pad_left(blocks, 0), pad_left([torch.ones_like(block) for block in blocks], 0).bool()
+        for row, image, grid in zip(rows, images, row_grids, strict=True):
+            documents[row].images = [*documents[row].images, image]
+            documents[row].grids = [*documents[row].grids, grid]
+        append_tokens(documents, input_ids, is_token)
+        return context.extend(input_ids, is_token, images, row_grids)
+
+
+def choose_tokens(scores: Tensor, do_sample: bool) -> Tensor:
+    """(B,) tokens from processed scores (B, V): sampled, or the best."""
+    return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1) if do_sample else scores.argmax(dim=-1)
+
+
+def append_tokens(documents: list[Document], input_ids: Tensor, is_token: Tensor) -> None:
+    """Append the tokens of each row of `input_ids` (B, q) where `is_token` to its document."""
+    for document, ids, chosen in zip(documents, input_ids, is_token, strict=True):
+        document.input_ids = torch.cat([document.input_ids, ids[chosen].to(document.input_ids.device)])
+
+
+def collect_output(
+    input_ids: Tensor, prompts: list[Document], documents: list[Document], generation_config: GenerationConfig
+) -> TransfusionGenerateOutput:
+    """Put what `documents` hold beyond their `prompts` behind `input_ids` (B, L)."""
+    pairs = list(zip(prompts, documents, strict=True))
+    new = [document.input_ids[len(prompt.input_ids) :] for prompt, document in pairs]
+    pad_token = generation_config._pad_token_tensor
+    padding_value = 0 if pad_token is None else int(pad_token)
+    new_ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=padding_value)
+    return TransfusionGenerateOutput(
+        sequences=torch.cat([input_ids, new_ids], dim=1),
+        images=[document.images[len(prompt.images) :] for prompt, document in pairs],
+        image_grids=[document.grids[len(prompt.grids) :] for prompt, document in pairs],
+        prompt_length=input_ids.shape[1],
+    )
+
+
+class TransfusionGenerationMixin(GenerationMixin):
+    """`generate` and `generate_images` of a Transfusion model."""
+
+    output_modalities = ("image", "text")
+
+    @staticmethod
+    def default_generation_config(config: TransfusionConfig) -> GenerationConfig:
+        """The generation config of a new model: its ids, and steps and guidance for its objective."""
+        num_inference_steps, guidance_scale = SAMPLING_DEFAULTS[config.objective]
+        return GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+
+    def prepare_drawing(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: Any = None,
+        callback: StepCallback | None = None,
+    ) -> Drawing:
+        """Fill what the caller left open from the generation config, and check it.
+
+        `scheduler` is a diffusers scheduler, the name of one, or None for the objective's default.
+        """
+        default_steps, default_scale = SAMPLING_DEFAULTS[self.config.objective]
+        if num_inference_steps is None:
+            num_inference_steps = getattr(self.generation_config, "num_inference_steps", None) or default_steps
+        if guidance_scale is None:
+            guidance_scale = self.generation_config.guidance_scale
+            guidance_scale = default_scale if guidance_scale is None else guidance_scale
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps!r}; give an integer of 1 or more.")
+        if scheduler is None or isinstance(scheduler, str):
+            shift = self.config.timestep_shift
+            scheduler = make_scheduler(
+                self.config.objective, scheduler, shift=shift, num_train_timesteps=self.config.num_train_timesteps
+            )
+        check_scheduler(scheduler, self.config.objective)
+        return Drawing(scheduler, num_inference_steps, float(guidance_scale), callback)
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_grids: Any = None,
+        latent_patches: Tensor | None = None,
+        output_image_grids: Any = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: Any = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        negative_input_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        latents: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> TransfusionImageOutput:
+        """Draw one image after each prompt.
+
+        Args:
+            input_ids: (B, L) prompts, padded on either side; a begin-of-image token is appended where it is absent.
+            attention_mask: (B, L), 0 at padding.
+            image_grids: (rows, columns) of patches to draw, or one for each prompt; the config's default otherwise.
+                Where the prompts hold images, `image_grids` are theirs, as the processor gives them, and
+                `output_image_grids` says what to draw.
+            latent_patches: (P, D), the images of the prompts.
+            output_image_grids: What to draw, where `image_grids` are those of the prompts.
+            num_inference_steps: Denoising steps; by default those of the generation config.
+            guidance_scale: 1 is no guidance; by default that of the generation config.
+            scheduler: A diffusers scheduler or its class name; by default that of the objective.
+            generator: One, or one for each prompt: a batch then gives what single calls give.
+            negative_input_ids, negative_attention_mask: What to be guided away from; by default the prompts without
+                their text.
+            latents: (P, D) noise to start from.
+            callback: Called after each step with (step, timestep, noisy patches); may return others.
+
+        Raises:
+            ValueError: An empty batch, an impossible grid, a scheduler of another objective, lists of wrong lengths.
+        """
+        check_batch(input_ids)
+        documents = read_documents(
+            input_ids, attention_mask, latent_patches, image_grids if latent_patches is not None else None, self.config
+        )
+        drawn_grids = image_grids if latent_patches is None and output_image_grids is None else output_image_grids
+        grids = list_grids(drawn_grids, len(documents), self.config)
+        drawing = self.prepare_drawing(num_inference_steps, guidance_scale, scheduler, callback)
+        generators = list_generators(generator, len(documents))
+        noise = self._initial_noise(latents, grids, generators)
+        negative_documents = None
+        if negative_input_ids is not None:
+            check_batch(negative_input_ids)
+            negative_documents = read_documents(negative_input_ids, negative_attention_mask, None, None, self.config)
+            if len(negative_documents) != len(documents):
+                raise ValueError(
+                    f"{len(negative_documents)} negative prompts came with {len(documents)} prompts. Give one for each."
+                )
+        for document in documents + (negative_documents or []):
+            append_boi(document, self.config.boi_token_id)
+        images = draw_images(self, documents, noise, grids, drawing, generators, negative_documents)
+        return TransfusionImageOutput(torch.cat(images), torch.tensor(grids, device=self.device))
+
+    def _initial_noise(
+        self, latents: Tensor | None, grids: list[Grid], generators: list[torch.Generator | None]
+    ) -> list[Tensor]:
+        if latents is None:
+            return draw_noise(grids, generators, self.config.patch_dim, self.device)
+        expected = (sum(rows * columns for rows, columns in grids), self.config.patch_dim)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; these grids take {expected}.")
+        return list(latents.to(self.device, torch.float32).split([rows * columns for rows, columns in grids]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_mode: str = "text",
+        image_grids: Any = None,
+        output_image_grids: Any = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: Any = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts: transformers' `generate`, with images.
+
+        `"text"` returns what transformers returns; images can only be in the prompt (`latent_patches`, `image_grids`).
+        `"interleaved"` draws whenever begin-of-image is sampled, by greedy decoding or sampling, and always returns a
+        `TransfusionGenerateOutput`. The drawing arguments are those of `generate_images`. Patches do not count in
+        `max_new_tokens`; an image that was begun is always finished and closed by its end-of-image token.
+
+        Raises:
+            ValueError: An unknown mode, drawing arguments in text mode, beams in interleaved mode.
+        """
+        has_images = kwargs.get("latent_patches") is not None
+        prompt_grids = {"image_grids": image_grids} if has_images else {}
+        if generation_mode == "text":
+            drawing_arguments = {
+                "output_image_grids": output_image_grids,
+                "num_inference_steps": num_inference_steps,
+                "scheduler": scheduler,
+                "generator": generator,
+            }
+            if given := [name for name, value in drawing_arguments.items() if value is not None]:
+                raise ValueError(f"{', '.join(given)} cannot work in text mode; use generation_mode='interleaved'.")
+            return super().generate(inputs, **prompt_grids, **kwargs)
+        if generation_mode != "interleaved":
+            raise ValueError(
+                f"generation_mode={generation_mode!r}; allowed: 'text', 'interleaved'. generate_images draws one image."
+            )
+        drawn_grids = image_grids if not has_images and output_image_grids is None else output_image_grids
+        writer = InterleavedDecoder(
+            self.prepare_drawing(num_inference_steps, guidance_scale, scheduler), drawn_grids, generator
+        )
+        return super().generate(inputs, custom_generate=writer, **prompt_grids, **kwargs)
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        # The guidance scale is that of images; transformers would guide text with it.
+        generation_config = copy.copy(generation_config)
+        generation_config.guidance_scale = None
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # A patch is no token, and the decoder itself closes an image.
+        unwritten = [self.config.image_token_id, self.config.eoi_token_id]
+        processors.append(SuppressTokensLogitsProcessor(unwritten, device=kwargs["device"]))
+        processors.append(NoImageBegin([self.config.boi_token_id], device=kwargs["device"]))
+        return processors
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Give the images of the prompt to the first forward alone, or to each without a cache."""
+        if use_cache and not is_first_iteration:
+            kwargs |= {"latent_patches": None, "image_grids": None}
+        elif kwargs.get("latent_patches") is not None:
+            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        model_inputs.pop("mm_token_type_ids", None)  # its work is done in create_masks_for_generate
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: TransfusionConfig, inputs_embeds: Tensor, mm_token_type_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The 4-D mask for caches of fixed size, with image blocks where `mm_token_type_ids` (B, L) is 1."""
+        blocks = None if mm_token_type_ids is None else image_block_ids(mm_token_type_ids, 1)
+        return create_causal_mask(
+            config,
+            inputs_embeds,
+            kwargs["attention_mask"],
+            kwargs["past_key_values"],
+            block_sequence_ids=blocks,
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # Patches lie flat over the batch: transformers would repeat patch by patch instead of row by row.
+        latent_patches, image_grids = kwargs.pop("latent_patches", None), kwargs.pop("image_grids", None)
+        if latent_patches is not None:
+            documents = read_documents(input_ids, None, latent_patches, image_grids, self.config)
+            repeated = [document for document in documents for _ in range(expand_size)]
+            latent_patches = torch.cat([image for document in repeated for image in document.images])
+            image_grids = image_grids.new_tensor([grid for document in repeated for grid in document.grids])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs | {"latent_patches": latent_patches, "image_grids": image_grids}
+
+
+__all__ = ["SAMPLING_DEFAULTS", "TransfusionGenerateOutput", "TransfusionGenerationMixin", "TransfusionImageOutput"]

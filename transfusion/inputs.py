@@ -1,0 +1,143 @@
+"""What a batch must look like, and what is learned from it: checks, labels, and images that no text precedes.
+
+Shapes: B rows, L positions, N images of the whole batch in reading order, P patches of all of them, D patch_dim.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .configuration import TransfusionConfig
+from .latents import image_block_ids
+
+
+def check_inputs(
+    config: TransfusionConfig,
+    input_ids: Tensor | None,
+    latent_patches: Tensor | None,
+    image_grids: Tensor | None,
+    timesteps: Tensor | None,
+    noise: Tensor | None,
+    image_loss_mask: Tensor | None,
+) -> None:
+    """Refuse inputs that do not fit each other, before any work; see `forward` for what fits.
+
+    Raises:
+        ValueError: Naming the value, the limit and the remedy.
+    """
+    if torch.compiler.is_compiling() or (input_ids is not None and input_ids.is_meta):
+        return
+    if input_ids is not None and input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: the batch is empty. Give at least one token.")
+    if latent_patches is None:
+        given = {
+            "image_grids": image_grids,
+            "timesteps": timesteps,
+            "noise": noise,
+            "image_loss_mask": image_loss_mask,
+        }
+        if orphans := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(orphans)} came without latent_patches. Give the images they belong to.")
+        if input_ids is not None and (count := int((input_ids == config.image_token_id).sum())):
+            raise ValueError(
+                f"input_ids holds {count} image placeholders (id {config.image_token_id}) and there are no images: "
+                "give latent_patches and image_grids, as the processor makes them."
+            )
+        return
+    check_patches(config, latent_patches, image_grids, timesteps, noise, image_loss_mask)
+    if input_ids is not None:
+        check_placeholders(config, input_ids, image_grids)
+
+
+def check_patches(
+    config: TransfusionConfig,
+    latent_patches: Tensor,
+    image_grids: Tensor | None,
+    timesteps: Tensor | None,
+    noise: Tensor | None,
+    image_loss_mask: Tensor | None,
+) -> None:
+    """Check shapes and values of the images by themselves; raise a ValueError that says what to change."""
+    if latent_patches.ndim != 2 or latent_patches.shape[1] != config.patch_dim:
+        raise ValueError(
+            f"latent_patches has shape {tuple(latent_patches.shape)}; this model takes (patches, {config.patch_dim}): "
+            f"latent_channels={config.latent_channels} times patch_size={config.patch_size} squared. "
+            "Take a VAE and a processor with these, or a model with theirs."
+        )
+    if image_grids is None or image_grids.ndim != 2 or image_grids.shape[1] != 2:
+        shape = None if image_grids is None else tuple(image_grids.shape)
+        raise ValueError(f"image_grids has shape {shape}; give (images, 2): rows and columns of patches of each.")
+    rows_times_columns = image_grids.prod(dim=1).tolist()
+    if any(count < 1 for count in rows_times_columns) or sum(rows_times_columns) != latent_patches.shape[0]:
+        raise ValueError(
+            f"image_grids={image_grids.tolist()} hold {sum(rows_times_columns)} patches and latent_patches "
+            f"{latent_patches.shape[0]}; they must be the same, and every image needs a patch."
+        )
+    if (largest := max(rows_times_columns, default=0)) + 2 > config.max_position_embeddings:
+        raise ValueError(
+            f"An image of {largest} patches takes {largest + 2} positions; max_position_embeddings="
+            f"{config.max_position_embeddings} allows no more than that. Take a smaller picture or larger patches."
+        )
+    num_images = image_grids.shape[0]
+    per_image = {"timesteps": timesteps, "image_loss_mask": image_loss_mask}
+    for name, value in per_image.items():
+        if value is not None and tuple(value.shape) != (num_images,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; give one value for each of {num_images} images.")
+    if noise is not None and noise.shape != latent_patches.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; latent_patches has {tuple(latent_patches.shape)}.")
+    for name, value in {"latent_patches": latent_patches, "noise": noise}.items():
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(f"{name} holds NaN or infinity. Look for a broken picture or an overflow in the VAE.")
+
+
+def check_placeholders(config: TransfusionConfig, input_ids: Tensor, image_grids: Tensor) -> None:
+    """Check that each run of placeholders in `input_ids` (B, L) has the length of its image; ValueError otherwise."""
+    block_ids = image_block_ids(input_ids, config.image_token_id)
+    runs = [n for row in block_ids.tolist() for n in Counter(i for i in row if i >= 0).values()]
+    expected = image_grids.prod(dim=1).tolist()
+    if runs != expected:
+        raise ValueError(
+            f"input_ids holds {len(runs)} runs of image placeholders, of lengths {runs}; image_grids hold "
+            f"{len(expected)} images, of {expected} patches. Give each image as many placeholders as patches, in "
+            "reading order, and at least one other token between two images."
+        )
+
+
+def images_without_prior_text(input_ids: Tensor, attention_mask: Tensor | None, config: TransfusionConfig) -> Tensor:
+    """(N,) in reading order: True for an image before which its row of `input_ids` (B, L) has no text.
+
+    Training noises such an image to half the schedule at most, since the text after it describes it (paper,
+    section 4.3.4). Control tokens, the begin-of-sequence token and padding are no text.
+    """
+    image_mask = input_ids == config.image_token_id
+    is_text = ~image_mask
+    for token_id in (config.boi_token_id, config.eoi_token_id, config.bos_token_id):
+        if token_id is not None:
+            is_text &= input_ids != token_id
+    if attention_mask is not None:
+        is_text &= attention_mask.bool()
+    is_first_patch = image_mask & ~F.pad(image_mask, (1, 0))[:, :-1]
+    return (is_text.cumsum(dim=1) == 0)[is_first_patch]
+
+
+def learned_labels(input_ids: Tensor | None, labels: Tensor, config: TransfusionConfig) -> Tensor:
+    """The next-token targets (B, L - 1) of `input_ids` (B, L): `labels` shifted, -100 where nothing is learned.
+
+    Nothing is learned where the input is a patch or the begin-of-image token (paper, footnote 8), and a patch is no
+    target. So begin-of-image is learned, which lets the model decide to draw, and end-of-image is not.
+
+        input    a    red  <boi> patch patch <eoi> heart <eos>
+        target   red  <boi> .    .     .     heart <eos>
+    """
+    if input_ids is None:  # with inputs_embeds, `labels` alone say what is learned
+        return labels[:, 1:]
+    inputs, targets = input_ids[:, :-1], labels[:, 1:]
+    unlearned = (
+        (inputs == config.boi_token_id) | (inputs == config.image_token_id) | (targets == config.image_token_id)
+    )
+    return targets.masked_fill(unlearned, -100)
+
+
+__all__ = ["check_inputs", "check_patches", "check_placeholders", "images_without_prior_text", "learned_labels"]

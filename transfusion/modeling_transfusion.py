@@ -1,0 +1,608 @@
+"""The Transfusion model: one Llama-style transformer over text tokens and image patches (arXiv:2408.11039).
+
+Shapes: B rows, L positions, V vocabulary, H hidden_size, N images of the whole batch in reading order,
+P patches of all of them, D = latent_channels * patch_size**2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration import TransfusionConfig
+from .diffusion import NoiseProcess, make_noise_process
+from .generation import TransfusionGenerationMixin
+from .inputs import check_inputs, images_without_prior_text, learned_labels
+from .latents import image_block_ids, patch_image_index
+from .patch_codec import LinearPatchDecoder, LinearPatchEncoder
+
+
+@dataclass
+class TransfusionOutput(ModelOutput):
+    """What `TransfusionForMultimodalGeneration` returns.
+
+    Attributes:
+        loss: `text_loss + image_loss_weight * image_loss` (paper, equation 4), where something is learned.
+        text_loss: Mean cross-entropy of the next token, over the tokens that are learned.
+        image_loss: Mean squared error of the noise (or velocity), over the elements of the images that are learned.
+        logits: (B, L, V), or fewer positions by `logits_to_keep`; None with `skip_logits`.
+        image_prediction: (P, D), the predicted noise (`ddpm`) or velocity (`flow`), where timesteps are known.
+        past_key_values: The cache, with `use_cache`.
+        hidden_states, attentions: Per layer, on request.
+    """
+
+    loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    logits: Tensor | None = None
+    image_prediction: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class TransfusionRMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last axis of `hidden_states` (..., H)."""
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.float() if input_dtype != torch.float64 else hidden_states
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(input_dtype)
+
+    def extra_repr(self) -> str:
+        """Show shape and eps in the model's repr."""
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class TransfusionRotaryEmbedding(nn.Module):
+    """Rotary angles over the flat sequence index, images included (paper, section 4.1, footnote 4)."""
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable[..., tuple[Tensor, float]]:
+        """The function that makes the inverse frequencies of this rope type."""
+        is_default = self.rope_type == "default"
+        return self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    @staticmethod
+    def compute_default_rope_parameters(config: TransfusionConfig, device: object = None) -> tuple[Tensor, float]:
+        """Inverse frequencies (head_dim / 2,) of Su et al. 2021, and the attention scaling, which is 1."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, L, head_dim) of `position_ids` (B, L), in the dtype of `hidden_states`."""
+        frequencies = self.inv_freq.to(device=hidden_states.device, dtype=torch.float32)
+        angles = position_ids[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + dim / 2]) by a quarter."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate `query` and `key` (B, heads, L, head_dim) by the angles behind `cos` and `sin` (B, L, head_dim)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def repeat_kv(states: Tensor, groups: int) -> Tensor:
+    """Repeat key or value heads (B, kv_heads, L, head_dim) for the query heads that share them."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: the reference of the fused kernels, and the one that returns its weights."""
+    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class TransfusionAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = TransfusionRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = TransfusionRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `hidden_states` (B, L, H) to themselves and to the cache."""
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(head_shape), self.k_proj(hidden_states).view(head_shape)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class TransfusionMLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `hidden_states` (..., H) to (..., H)."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TransfusionDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward, each on a residual stream."""
+
+    def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = TransfusionAttention(config, layer_idx)
+        self.mlp = TransfusionMLP(config)
+        self.input_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Update `hidden_states` (B, L, H)."""
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class TransfusionPreTrainedModel(PreTrainedModel):
+    """Loading, saving, initialisation and the flags by which transformers treats the model."""
+
+    config: TransfusionConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransfusionDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Flash attention takes no mask, so image blocks would silently turn causal.
+    _supports_flash_attn = False
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": TransfusionDecoderLayer, "attentions": TransfusionAttention}
+
+
+def transfusion_mask(
+    config: TransfusionConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    image_mask: Tensor | None,
+) -> Tensor | None:
+    """Causal everywhere, bidirectional inside each image (paper, section 3 and figure 4).
+
+    Position i may look at j where `j <= i`, or where both are patches of one image. Begin- and end-of-image tokens
+    are causal, like text. For `a red <boi> patch patch patch <eoi> heart`, with 1 where a row may look at a column:
+
+        a        1 . . . . . . .
+        red      1 1 . . . . . .
+        <boi>    1 1 1 . . . . .
+        patch    1 1 1 1 1 1 . .
+        patch    1 1 1 1 1 1 . .
+        patch    1 1 1 1 1 1 . .
+        <eoi>    1 1 1 1 1 1 1 .
+        heart    1 1 1 1 1 1 1 1
+
+    Args:
+        config: Names the attention implementation, which decides the form of the mask.
+        inputs_embeds: (B, L, H); only its shape, dtype and device matter.
+        attention_mask: (B, past + L) with 0 where a key is hidden from every query, or a finished 4-D mask.
+        past_key_values: The cache, whose positions come before the L of this call.
+        image_mask: (B, L), True at patches, or None where there is none.
+
+    Returns:
+        What the attention implementation takes: None, a 4-D tensor or a block mask.
+    """
+    block_ids = None
+    if image_mask is not None:
+        block_ids = image_block_ids(image_mask.long(), 1)
+        if past_key_values is not None:  # ids count from the first cached position
+            block_ids = F.pad(block_ids, (past_key_values.get_seq_length(), 0), value=-1)
+    # Without position_ids: transformers takes a jump in them for a border between packed documents.
+    return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, block_sequence_ids=block_ids)
+
+
+class TransfusionModel(TransfusionPreTrainedModel):
+    """The transformer without its heads: token ids and noisy patches in, hidden states out."""
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.patch_encoder = LinearPatchEncoder(config)
+        self.layers = nn.ModuleList(
+            [TransfusionDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = TransfusionRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, L), True where a patch stands; with `inputs_embeds` alone, where the placeholder's embedding does."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.embed_tokens(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        latent_patches: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the transformer.
+
+        Args:
+            input_ids: (B, L) token ids; patches hold `image_token_id`.
+            attention_mask: (B, past + L), 0 where a key is hidden. Positions do not move by it.
+            position_ids: (B, L); by default counted on from the cache.
+            past_key_values: Cache of the positions before these.
+            inputs_embeds: (B, L, H) in place of `input_ids`.
+            latent_patches: (P, D), the patches as they are, noisy or clean.
+            image_grids: (N, 2), rows and columns of patches of each image.
+            timesteps: (N,), the noise level of each image; clean (0) by default.
+            use_cache: Whether to return the keys and values.
+            kwargs: For the attention implementation.
+
+        Returns:
+            `last_hidden_state` (B, L, H) and the cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        image_mask = None
+        if latent_patches is not None:
+            image_mask = self.get_image_mask(input_ids, inputs_embeds)
+            if timesteps is None:
+                timesteps = latent_patches.new_zeros(image_grids.shape[0])
+            image_index = patch_image_index(image_grids, latent_patches.shape[0])
+            patch_embeds = self.patch_encoder(latent_patches.to(inputs_embeds.dtype), timesteps, image_index)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], patch_embeds.to(inputs_embeds.dtype))
+            if latent_patches.shape[0] == 0:
+                image_mask = None  # a plain causal mask, which the fused kernels need not read
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+        mask = transfusion_mask(self.config, inputs_embeds, attention_mask, past_key_values, image_mask)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+@dataclass(frozen=True)
+class NoisyImages:
+    """The images of a training step: what the model sees, and what it is to predict.
+
+    Attributes:
+        patches: (P, D), noised where `is_learned`, clean elsewhere.
+        timesteps: (N,), 0 for clean images.
+        target: (P, D), the noise (`ddpm`) or the velocity (`flow`).
+        is_learned: (P,), True where the patch has a loss.
+    """
+
+    patches: Tensor
+    timesteps: Tensor
+    target: Tensor
+    is_learned: Tensor
+
+    def loss(self, prediction: Tensor, num_patches: Tensor | int | None = None) -> Tensor:
+        """Mean squared error of `prediction` (P, D) over the elements of `num_patches` learned patches (default: here)."""
+        error = (prediction.float() - self.target.float()).square().sum(-1)
+        if num_patches is None:
+            num_patches = self.is_learned.sum().clamp(min=1)
+        return torch.where(self.is_learned, error, 0.0).sum() / (num_patches * prediction.shape[-1])
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of `logits` (T, V) at `targets` (T,), summed and divided by `num_targets` (default: T), in float32."""
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (max(targets.numel(), 1) if num_targets is None else num_targets)
+
+
+class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, TransfusionGenerationMixin):
+    """Transfusion with its two heads: it writes, and it draws.
+
+    `generate` writes text or interleaves text and images, `generate_images` draws; both are in `generation.py`.
+    In `forward`, what is given decides what happens to the images:
+
+    * neither `labels` nor `timesteps`: they are context, fed clean;
+    * `timesteps` alone: `latent_patches` are noisy already, as in sampling, and `image_prediction` comes back;
+    * `labels` or `noise`: `latent_patches` are clean, noise is added, and the image loss is taken where
+      `image_loss_mask` is True. What is absent of `timesteps` and `noise` is drawn.
+
+    Arguments of `forward`:
+        input_ids: (B, L) token ids; patches hold `config.image_token_id`.
+        attention_mask: (B, past + L), 0 where a key is hidden (padding, dropped text).
+        position_ids: (B, L); by default 0, 1, ... counted on from the cache, whatever the mask hides.
+        past_key_values: Cache of earlier positions.
+        inputs_embeds: (B, L, H) in place of `input_ids`.
+        latent_patches: (P, D), the patches of all images in reading order.
+        image_grids: (N, 2), their rows and columns of patches.
+        timesteps: (N,) noise levels: for `ddpm` integers 0..999 as diffusers' `add_noise` takes them, for `flow`
+            floats in [0, 1000]. Given ones are never capped.
+        noise: (P, D), standard normal.
+        image_loss_mask: (N,), False for an image that is context only: fed clean, without a loss.
+        labels: (B, L), `input_ids` with -100 where nothing is to be learned; shifted inside.
+        use_cache: Whether to return `past_key_values`.
+        logits_to_keep: Only the last so many positions (0: all), or the positions of an index tensor.
+        skip_logits: Return no logits; the text loss then computes them at its targets alone.
+        num_items_in_batch: Text targets of the whole optimizer step, over which the text loss is a mean.
+        num_image_items_in_batch: Patches with a loss in the whole optimizer step, likewise.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # Trainer would take num_items_in_batch for the divisor of the whole loss, and drop the division by the number of
+    # accumulation steps that a sum of two means needs.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__(config)
+        self.model = TransfusionModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.patch_decoder = LinearPatchDecoder(config)
+        self.generation_config = self.default_generation_config(config)
+        self.post_init()
+
+    @property
+    def noise_process(self) -> NoiseProcess:
+        """The noise process of the config's objective."""
+        return make_noise_process(
+            self.config.objective,
+            num_train_timesteps=self.config.num_train_timesteps,
+            timestep_density=self.config.timestep_density,
+            timestep_mean=self.config.timestep_mean,
+            timestep_std=self.config.timestep_std,
+            timestep_shift=self.config.timestep_shift,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        latent_patches: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        image_loss_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        num_image_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TransfusionOutput:
+        """Predict the next tokens and the noise of the images, and both losses; the class says what is what.
+
+        Raises:
+            ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
+                width, values that are not finite, timesteps outside the schedule.
+        """
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            check_inputs(self.config, input_ids, latent_patches, image_grids, timesteps, noise, image_loss_mask)
+            if timesteps is not None and not torch.compiler.is_compiling():
+                self.noise_process.validate_timesteps(timesteps)
+        if latent_patches is None and labels is not None:
+            # Over no patch the codec still takes part, so that every process of a training has every gradient.
+            latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
+            image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
+        images = None
+        if latent_patches is not None and (labels is not None or noise is not None):
+            if timesteps is None:
+                timesteps = self.draw_timesteps(image_grids.shape[0], input_ids, attention_mask)
+            images = self.add_noise(latent_patches, image_grids, timesteps, noise, image_loss_mask)
+            latent_patches, timesteps = images.patches, images.timesteps
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            latent_patches=latent_patches,
+            image_grids=image_grids,
+            timesteps=timesteps,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = image_prediction = text_loss = image_loss = loss = None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if timesteps is not None:
+            image_mask = self.model.get_image_mask(input_ids, inputs_embeds)
+            image_prediction = self.patch_decoder(hidden_states[image_mask])
+        if images is not None:
+            image_loss = images.loss(image_prediction, num_image_items_in_batch)
+            loss = self.config.image_loss_weight * image_loss
+        if labels is not None:
+            targets = learned_labels(input_ids, labels, self.config)
+            is_target = targets != -100
+            target_logits = self.lm_head(hidden_states[:, :-1][is_target])
+            text_loss = mean_cross_entropy(target_logits, targets[is_target], num_items_in_batch)
+            loss = text_loss + loss
+        return TransfusionOutput(
+            loss=loss,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            logits=logits,
+            image_prediction=image_prediction,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def draw_timesteps(self, num_images: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Draw a timestep for each image, at most half the schedule where no text precedes it (section 4.3.4)."""
+        uniform = torch.rand(num_images, device=self.device)
+        capped = None if input_ids is None else images_without_prior_text(input_ids, attention_mask, self.config)
+        return self.noise_process.timestep_from_uniform(uniform, capped)
+
+    def add_noise(
+        self,
+        latent_patches: Tensor,
+        image_grids: Tensor,
+        timesteps: Tensor,
+        noise: Tensor | None,
+        image_loss_mask: Tensor | None,
+    ) -> NoisyImages:
+        """Noise the clean `latent_patches` (P, D) to `timesteps` (N,), except images without a loss."""
+        noise = torch.randn_like(latent_patches) if noise is None else noise
+        image_index = patch_image_index(image_grids, latent_patches.shape[0])
+        is_learned = torch.ones_like(image_index, dtype=torch.bool)
+        if image_loss_mask is not None:
+            is_learned = image_loss_mask.to(timesteps.device)[image_index]
+            timesteps = timesteps.masked_fill(~image_loss_mask.to(timesteps.device), 0)
+        patch_timesteps = timesteps[image_index]
+        noisy_patches = self.noise_process.add_noise(latent_patches, noise, patch_timesteps)
+        return NoisyImages(
+            patches=torch.where(is_learned[:, None], noisy_patches, latent_patches),
+            timesteps=timesteps,
+            target=self.noise_process.target(latent_patches, noise, patch_timesteps),
+            is_learned=is_learned,
+        )
+
+
+__all__ = [
+    "TransfusionForMultimodalGeneration",
+    "TransfusionModel",
+    "TransfusionOutput",
+    "TransfusionPreTrainedModel",
+    "transfusion_mask",
+]
