@@ -169,8 +169,7 @@ class SchedulerGroup:
         self.step_kwargs: dict[str, Any] = {"return_dict": False}
         if "generator" in step_parameters and chosen[0] is not None:
             self.step_kwargs["generator"] = chosen
-        set_parameters = inspect.signature(self.scheduler.set_timesteps).parameters
-        if "mu" in set_parameters:
+        if type(self.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
             # The flow Euler scheduler would end at sigma 0.001 and then at 0; N equal steps end at 1/N and then at 0.
             sigmas = np.linspace(1.0, 1.0 / drawing.num_inference_steps, drawing.num_inference_steps)
             self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import document, make_batch, tiny_config, tiny_model
+from transfusion.denoising import Context, Document, Drawing, draw_images, draw_noise, hide_text, read_documents
+from transfusion.diffusion import SCHEDULERS, make_scheduler
+from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_documents_are_read_from_either_side_of_the_padding(batch: dict[str, Tensor]) -> None:
+    right = read_documents(**batch, config=tiny_config())
+    rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    longest = max(map(len, rows))
+    padded = [torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows]
+    left = {**batch, "input_ids": torch.stack(padded), "attention_mask": torch.stack(padded).ne(0).long()}
+    for documents in (right, read_documents(**left, config=tiny_config())):
+        assert [d.input_ids.tolist() for d in documents] == [row.tolist() for row in rows]
+        assert [d.grids for d in documents] == [[(2, 3)], [(2, 2), (1, 3)]]
+        assert torch.equal(torch.cat([i for d in documents for i in d.images]), batch["latent_patches"])
+
+
+def test_too_many_images_for_the_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 runs of image placeholders and 1 images"):
+        read_documents(torch.tensor([[5]]), None, torch.zeros(1, 12), torch.tensor([[1, 1]]), tiny_config())
+
+
+def uncached_prediction(
+    model: TransfusionForMultimodalGeneration, ids: list[int], visible: list[int], grid: tuple[int, int], x: Tensor, t: Tensor
+) -> Tensor:
+    """The image after `ids`, in one run over everything."""
+    count = grid[0] * grid[1]
+    output = model(
+        input_ids=torch.tensor([ids + [99] * count]),
+        attention_mask=torch.tensor([visible + [1] * count]),
+        latent_patches=x,
+        image_grids=torch.tensor([grid]),
+        timesteps=t[None],
+    )
+    return output.image_prediction
+
+
+def slow_drawing(model, ids: list[int], grid: tuple[int, int], noise: Tensor, scheduler, steps: int, scale: float) -> Tensor:
+    """Sampling written out: no cache, no batch, one branch after the other."""
+    scheduler.set_timesteps(steps)
+    x, hidden = noise, [int(token in (97, 98, 99)) for token in ids]
+    for t in scheduler.timesteps:
+        given = uncached_prediction(model, ids, [1] * len(ids), grid, x, t)
+        without = uncached_prediction(model, ids, hidden, grid, x, t)
+        x = scheduler.step((without + scale * (given - without)).float(), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("objective", "name"), [("ddpm", "DDIMScheduler"), ("ddpm", "DPMSolverMultistepScheduler"), ("flow", "FlowMatchHeunDiscreteScheduler")]
+)
+def test_cached_batched_guided_drawing_equals_the_slow_one(objective: str, name: str, scale: float) -> None:
+    model = tiny_model(objective=objective)
+    prompts, grids = [[5, 6, 7, 97], [8, 97]], [(2, 3), (1, 2)]
+    noise = draw_noise(grids, seeded(0, 1), 12, "cpu")
+    scheduler = make_scheduler(objective, name)
+    documents = [Document(torch.tensor(prompt)) for prompt in prompts]
+    drawn = draw_images(model, documents, noise, grids, Drawing(scheduler, 4, scale), seeded(0, 1))
+    for image, prompt, grid, start in zip(drawn, prompts, grids, noise, strict=True):
+        expected = slow_drawing(model, prompt, grid, start, make_scheduler(objective, name), 4, scale)
+        # ddpm: the first step divides by sqrt(alpha_bar) = 5e-5, which magnifies float32 rounding.
+        torch.testing.assert_close(image, expected, atol=1e-5 if objective == "flow" else 2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("objective", "name"), [(o, n) for o, names in SCHEDULERS.items() for n in names])
+def test_every_scheduler_draws_a_batch_as_it_draws_each_row(objective: str, name: str) -> None:
+    model = tiny_model(objective=objective)
+    prompts, grids = [[5, 6, 7, 97], [8, 97], [97]], [(2, 2), (1, 2), (2, 2)]
+    drawing = Drawing(make_scheduler(objective, name), 6, 2.0)
+    documents = [Document(torch.tensor(prompt)) for prompt in prompts]
+    together = draw_images(
+        model, documents, draw_noise(grids, seeded(0, 1, 2), 12, "cpu"), grids, drawing, generators := seeded(10, 11, 12)
+    )
+    assert generators
+    for row in range(3):
+        noise = draw_noise(grids[row : row + 1], seeded(row), 12, "cpu")
+        alone = draw_images(model, documents[row : row + 1], noise, grids[row : row + 1], drawing, seeded(10 + row))[0]
+        assert torch.isfinite(alone).all()
+        torch.testing.assert_close(together[row], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_the_prefix_is_run_once_and_never_changed() -> None:
+    model = tiny_model(objective="flow")
+    lengths: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    documents = [Document(torch.tensor(document(5, 6, 7)[:] + [97]))]
+    drawing = Drawing(make_scheduler("flow"), 5, 1.0)
+    draw_images(model, documents, draw_noise([(2, 2)], [None], 12, "cpu"), [(2, 2)], drawing, [None])
+    handle.remove()
+    assert lengths == [4] + [4] * 5  # the prompt, then five times the four patches alone
+
+
+def test_a_prediction_leaves_the_context_as_it_was() -> None:
+    model = tiny_model(objective="flow")
+    batch = make_batch([[5, (1, 2), 6]])
+    documents = read_documents(**batch, config=model.config)
+    context = Context(model, documents, [torch.ones(6, dtype=torch.bool)])
+    keys = [layer.keys.clone() for layer in context.cache.layers]
+    with torch.no_grad():
+        context.predict([torch.randn(4, 12)], [(2, 2)], torch.tensor(500.0))
+    for layer, before in zip(context.cache.layers, keys, strict=True):
+        assert torch.equal(layer.keys, before)
+    assert context.attention_mask.shape == (1, 6)
+
+
+def test_hidden_text_cannot_be_seen_and_images_can() -> None:
+    """The unconditional branch is the same whatever the text says, and differs with another picture in the prompt."""
+    model = tiny_model(objective="flow")
+    x, grid, t = torch.randn(2, 12, dtype=torch.float64), (1, 2), torch.tensor(300.0)
+
+    def unconditional(batch: dict[str, Tensor]) -> Tensor:
+        documents = read_documents(**batch, config=model.config)
+        with torch.no_grad():
+            context = Context(model, documents, [hide_text(d.input_ids, model.config) for d in documents])
+            return context.predict([x], [grid], t)[0]
+
+    one, other = make_batch([[5, 6, (2, 2), 7, 97]]), make_batch([[8, 9, (2, 2), 10, 97]])
+    torch.testing.assert_close(unconditional(one), unconditional(other))
+    assert not torch.allclose(unconditional(one), unconditional(make_batch([[5, 6, (2, 2), 7, 97]], seed=1)))
+
+
+def test_training_and_sampling_build_the_unconditional_branch_alike() -> None:
+    """A training row whose text is hidden by the mask predicts what the sampler's unconditional branch predicts."""
+    model = tiny_model(objective="flow")
+    ids, t, x = [5, 6, 97], torch.tensor(400.0), torch.randn(4, 12, dtype=torch.float64)
+    trained = uncached_prediction(model, ids, [0, 0, 1], (2, 2), x, t)
+    with torch.no_grad():
+        context = Context(model, [Document(torch.tensor(ids))], [hide_text(torch.tensor(ids), model.config)])
+        sampled = context.predict([x], [(2, 2)], t)[0]
+    torch.testing.assert_close(sampled.double(), trained, atol=1e-6, rtol=1e-6)
+
+
+def test_callback_sees_and_may_replace_the_latents() -> None:
+    model, seen = tiny_model(objective="flow"), []
+
+    def zero_at_the_end(step: int, timestep: Tensor, x_t: Tensor) -> Tensor | None:
+        seen.append((step, float(timestep), tuple(x_t.shape)))
+        return torch.zeros_like(x_t) if step == 3 else None
+
+    drawing = Drawing(make_scheduler("flow"), 4, 1.0, zero_at_the_end)
+    documents = [Document(torch.tensor([5, 97])), Document(torch.tensor([97]))]
+    grids = [(1, 2), (2, 2)]
+    drawn = draw_images(model, documents, draw_noise(grids, [None, None], 12, "cpu"), grids, drawing, [None, None])
+    assert seen == [(step, 1000.0 - 250 * step, (6, 12)) for step in range(4)]
+    assert [image.abs().sum().item() for image in drawn] == [0, 0]

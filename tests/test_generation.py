@@ -1,0 +1,264 @@
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import make_batch, tiny_model
+from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+
+
+BOI, EOI, PATCH, EOS = 97, 98, 99, 2
+
+
+def force(model: TransfusionForMultimodalGeneration, answers: dict[int, int]) -> TransfusionForMultimodalGeneration:
+    """Make greedy decoding answer token `a` with `answers[a]`: a real model whose weights say so."""
+    width = model.config.hidden_size
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
+        model.lm_head.weight.zero_()
+        for axis, (token, answer) in enumerate(answers.items()):
+            assert axis < width
+            model.model.embed_tokens.weight[token, axis] = 1
+            model.lm_head.weight[answer, axis] = 1
+    return model
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def slow_greedy(model: TransfusionForMultimodalGeneration, batch: dict, steps: int) -> list[int]:
+    ids = batch["input_ids"]
+    for _ in range(steps):
+        scores = model(**{**batch, "input_ids": ids, "attention_mask": None}).logits[:, -1].clone()
+        scores[:, [BOI, EOI, PATCH]] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+    return ids[0].tolist()
+
+
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_text_after_an_image_equals_greedy_decoding_without_a_cache(cache: dict) -> None:
+    model = tiny_model(objective="flow", eos_token_id=None)
+    batch = make_batch([[5, (2, 2), 6, 7]])
+    written = model.generate(**batch, max_new_tokens=8, do_sample=False, **cache)
+    assert written[0].tolist() == slow_greedy(model, batch, 8)
+
+
+def test_text_mode_never_writes_control_tokens(model) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[[BOI, EOI, PATCH]] *= 100
+    written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40, do_sample=True)
+    assert not torch.isin(written, torch.tensor([BOI, EOI, PATCH])).any()
+
+
+def test_beams_and_return_sequences_keep_each_rows_images() -> None:
+    model = tiny_model(objective="flow", eos_token_id=None)
+    batch = make_batch([[5, (2, 2), 6], [7, (1, 2), 8, (1, 1)]])
+    batch["input_ids"][0] = torch.tensor([0, 0, *batch["input_ids"][0, :-2]])
+    batch["attention_mask"] = batch["input_ids"].ne(0).long()
+    together = model.generate(**batch, max_new_tokens=5, num_beams=3, num_return_sequences=2)
+    assert together.shape[0] == 4
+    latents = batch["latent_patches"]
+    first = {"latent_patches": latents[:4], "image_grids": batch["image_grids"][:1]}
+    second = {"latent_patches": latents[4:], "image_grids": batch["image_grids"][1:]}
+    for row, images in enumerate((first, second)):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+        single = model.generate(ids, **images, max_new_tokens=5, num_beams=3, num_return_sequences=2)
+        assert torch.equal(together[2 * row : 2 * row + 2, -5:], single[:, -5:])
+
+
+def test_generate_images_appends_begin_of_image_where_it_is_absent(model) -> None:
+    arguments = {"num_inference_steps": 3, "image_grids": (2, 2)}
+    with_boi = model.generate_images(torch.tensor([[5, 6, BOI]]), generator=generators(0)[0], **arguments)
+    without = model.generate_images(torch.tensor([[5, 6]]), generator=generators(0)[0], **arguments)
+    assert with_boi.latent_patches.shape == (4, 12)
+    assert with_boi.image_grids.tolist() == [[2, 2]]
+    assert torch.equal(with_boi.latent_patches, without.latent_patches)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_draws_what_single_calls_draw(side: str) -> None:
+    model = tiny_model(objective="flow")
+    left = side == "left"
+    ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10] if left else [9, 10, 0, 0]])
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.5}
+    together = model.generate_images(ids, ids.ne(0), image_grids=[(2, 2), (1, 3)], generator=generators(1, 2), **arguments)
+    one = model.generate_images(torch.tensor([[5, 6, 7, 8]]), image_grids=(2, 2), generator=generators(1)[0], **arguments)
+    two = model.generate_images(torch.tensor([[9, 10]]), image_grids=(1, 3), generator=generators(2)[0], **arguments)
+    expected = torch.cat([one.latent_patches, two.latent_patches])
+    torch.testing.assert_close(together.latent_patches, expected, atol=1e-5, rtol=1e-5)
+    assert together.image_grids.tolist() == [[2, 2], [1, 3]]
+
+
+def test_a_single_generator_serves_all_rows_in_turn() -> None:
+    model = tiny_model(objective="flow")
+    ids = torch.tensor([[5, 6], [7, 8]])
+    one, two = (model.generate_images(ids, num_inference_steps=2, generator=generators(3)[0]) for _ in range(2))
+    assert torch.equal(one.latent_patches, two.latent_patches)
+    assert not torch.equal(one.latent_patches[:6], one.latent_patches[6:])
+
+
+def test_negative_prompts_replace_the_unconditional_branch() -> None:
+    model = tiny_model(objective="flow")
+    ids, arguments = torch.tensor([[5, 6]]), {"num_inference_steps": 3, "guidance_scale": 3.0}
+    plain = model.generate_images(ids, generator=generators(0)[0], **arguments)
+    negative = model.generate_images(ids, generator=generators(0)[0], negative_input_ids=torch.tensor([[9]]), **arguments)
+    same = model.generate_images(ids, generator=generators(0)[0], negative_input_ids=ids, **arguments)
+    unguided = model.generate_images(ids, generator=generators(0)[0], num_inference_steps=3, guidance_scale=1.0)
+    assert not torch.allclose(plain.latent_patches, negative.latent_patches)
+    torch.testing.assert_close(same.latent_patches, unguided.latent_patches, atol=1e-5, rtol=1e-5)
+
+
+def test_an_edit_draws_after_a_prompt_with_a_picture() -> None:
+    model = tiny_model(objective="flow")
+    batch = make_batch([[5, (2, 2), 6]])
+    arguments = {"num_inference_steps": 2, "output_image_grids": (1, 2)}
+    drawn = model.generate_images(**batch, generator=generators(0)[0], **arguments)
+    other = model.generate_images(**make_batch([[5, (2, 2), 6]], seed=1), generator=generators(0)[0], **arguments)
+    assert drawn.latent_patches.shape == (2, 12)
+    assert not torch.allclose(drawn.latent_patches, other.latent_patches)
+
+
+def test_interleaved_rows_draw_in_their_own_time_and_go_on() -> None:
+    """Row one draws at its second token and row two at its third; then both write on, with what they drew in view."""
+    answers = {5: 6, 6: BOI, EOI: 7, 7: 8, 8: EOS, 10: 11, 11: 12, 12: BOI}
+    model = force(tiny_model(objective="flow"), answers)
+    ids = torch.tensor([[0, 5], [9, 10]])
+    output = model.generate(
+        ids, attention_mask=ids.ne(0).long(), generation_mode="interleaved", image_grids=[(1, 2), (2, 2)], max_new_tokens=20,
+        do_sample=False, num_inference_steps=3, generator=generators(0, 1),
+    )
+    assert output.sequences.tolist() == [
+        [0, 5, 6, BOI, PATCH, PATCH, EOI, 7, 8, EOS, 0, 0, 0],
+        [9, 10, 11, 12, BOI, PATCH, PATCH, PATCH, PATCH, EOI, 7, 8, EOS],
+    ]
+    assert output.image_grids == [[(1, 2)], [(2, 2)]]
+    assert [[tuple(i.shape) for i in row] for row in output.images] == [[(2, 12)], [(4, 12)]]
+    assert output.prompt_length == 2
+
+
+def random_drawer() -> TransfusionForMultimodalGeneration:
+    """A random model that likes to draw."""
+    model = tiny_model(objective="flow", eos_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        model.lm_head.weight[BOI] *= 2
+    return model
+
+
+def test_interleaved_text_equals_a_full_run_without_a_cache() -> None:
+    """After each generation: every greedy token is the one that a plain run over the whole document chooses."""
+    model = random_drawer()
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9], [10, 11, 12]])
+    output = model.generate(
+        ids, attention_mask=ids.ne(0).long(), generation_mode="interleaved", max_new_tokens=12, do_sample=False,
+        image_grids=[(1, 2), (2, 2), (1, 1)], num_inference_steps=2, generator=generators(0, 1, 2),
+    )
+    drawn = 0
+    for row, (images, grids) in enumerate(zip(output.images, output.image_grids, strict=True)):
+        whole = output.sequences[row]
+        whole = whole[whole != 0]
+        given = {"latent_patches": torch.cat(images), "image_grids": torch.tensor(grids)} if images else {}
+        logits = model(whole[None], **given).logits[0]
+        logits[:, [EOI, PATCH]] = -torch.inf
+        prompt = int((ids[row] != 0).sum())
+        for position in range(prompt, len(whole)):
+            if whole[position] not in (EOI, PATCH):
+                assert whole[position] == logits[position - 1].argmax()
+        drawn += len(images)
+    assert drawn >= 2
+
+
+def test_an_interleaved_batch_equals_single_calls() -> None:
+    model = random_drawer()
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9], [10, 11, 12]])
+    arguments = {"generation_mode": "interleaved", "max_new_tokens": 10, "do_sample": False, "num_inference_steps": 2}
+    together = model.generate(
+        ids, attention_mask=ids.ne(0).long(), image_grids=[(1, 2), (2, 2), (1, 1)], generator=generators(0, 1, 2), **arguments
+    )
+    for row, grid in enumerate([(1, 2), (2, 2), (1, 1)]):
+        alone = model.generate(ids[row][ids[row] != 0][None], image_grids=grid, generator=generators(row)[0], **arguments)
+        assert [t for t in together.sequences[row].tolist() if t] == [t for t in alone.sequences[0].tolist() if t]
+        for image, other in zip(together.images[row], alone.images[0], strict=True):
+            torch.testing.assert_close(image, other, atol=1e-4, rtol=1e-4)
+
+
+def test_patches_do_not_count_and_a_begun_image_is_finished() -> None:
+    model = force(tiny_model(objective="flow"), {5: 6, 6: BOI, EOI: 7, 7: 8})
+    arguments = {"generation_mode": "interleaved", "image_grids": (3, 3), "num_inference_steps": 2, "do_sample": False}
+    at_boi = model.generate(torch.tensor([[5]]), max_new_tokens=2, **arguments)
+    assert at_boi.sequences.tolist() == [[5, 6, BOI, *[PATCH] * 9, EOI]]
+    later = model.generate(torch.tensor([[5]]), max_new_tokens=4, **arguments)
+    assert later.sequences.tolist() == [[5, 6, BOI, *[PATCH] * 9, EOI, 7, 8]]
+
+
+def test_a_prompt_that_ends_in_begin_of_image_draws_at_once() -> None:
+    model = force(tiny_model(objective="flow"), {EOI: 7, 7: 8})
+    output = model.generate(
+        torch.tensor([[5, BOI]]), generation_mode="interleaved", max_new_tokens=2, num_inference_steps=2, do_sample=False
+    )
+    assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 6, EOI, 7, 8]]
+    assert output.image_grids == [[(2, 3)]]
+
+
+def test_interleaved_with_a_picture_in_the_prompt() -> None:
+    model = force(tiny_model(objective="flow"), {EOI: 7, 7: BOI})
+    output = model.generate(
+        **make_batch([[5, (2, 2)]]), generation_mode="interleaved", output_image_grids=(1, 2), max_new_tokens=3,
+        num_inference_steps=2, do_sample=False,
+    )
+    assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 4, EOI, 7, BOI, PATCH, PATCH, EOI, 7]]
+    assert [len(row) for row in output.images] == [1]
+
+
+def test_defaults_come_from_the_generation_config(model, objective: str) -> None:
+    drawing = model.prepare_drawing()
+    assert drawing.num_inference_steps == model.generation_config.num_inference_steps
+    assert drawing.guidance_scale == model.generation_config.guidance_scale
+    model.generation_config.num_inference_steps = 7
+    model.generation_config.guidance_scale = 1.5
+    drawing = model.prepare_drawing()
+    assert (drawing.num_inference_steps, drawing.guidance_scale) == (7, 1.5)
+    expected = {"ddpm": "DDIMScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}[objective]
+    assert type(drawing.scheduler).__name__ == expected
+
+
+def test_guidance_of_images_does_not_touch_text() -> None:
+    model = tiny_model(objective="flow", eos_token_id=None)
+    ids = torch.tensor([[5, 6, 7]])
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.generation_config.guidance_scale = 9.0
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+
+
+REFUSED = [
+    ({"scheduler": "NoScheduler"}, "NoScheduler"),
+    ({"scheduler": "DDIMScheduler"}, "DDIMScheduler"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0"),
+    ({"image_grids": (100, 100)}, "10002"),
+    ({"image_grids": (0, 3)}, "(0, 3)"),
+    ({"image_grids": [(1, 1), (1, 2)]}, "nor 1 of these"),
+    ({"generator": [None, None]}, "list of 2 for 1 images"),
+    ({"latents": torch.zeros(3, 12)}, "(3, 12)"),
+    ({"negative_input_ids": torch.ones(2, 3, dtype=torch.long)}, "2 negative prompts"),
+    ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "(0, 3)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_refuses_bad_drawing_arguments(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        tiny_model(objective="flow").generate_images(**{"input_ids": torch.tensor([[5]]), **arguments})
+    assert words in str(error.value)
+
+
+def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
+    model, ids = tiny_model(objective="flow"), torch.tensor([[5]])
+    with pytest.raises(ValueError, match="generation_mode='video'; allowed: 'text', 'interleaved'"):
+        model.generate(ids, generation_mode="video")
+    with pytest.raises(ValueError, match="num_inference_steps cannot work in text mode"):
+        model.generate(ids, num_inference_steps=4)
+    with pytest.raises(ValueError, match="num_beams=2 cannot draw"):
+        model.generate(ids, generation_mode="interleaved", num_beams=2)

@@ -1,0 +1,203 @@
+"""Captioned pictures: the embedded emoji, and imagefolders with a metadata.jsonl."""
+
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image, ImageOps
+
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+EMOJI_FILE = ASSETS / "fluent_emoji_64.zip"
+SPLITS = ("train", "held_out", "all")
+_PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_SHOWN_FAULTS = 20
+
+
+@dataclass(frozen=True)
+class CaptionedPicture:
+    """One picture and what is said of it. The picture is decoded each time `image` is read.
+
+    Attributes:
+        id: the file name in its folder or archive.
+        name: what the picture shows; equal to the first caption where the metadata has no name.
+        captions: phrasings of the caption, at least one, the plain one first.
+        category, style, split: columns of the metadata, empty where absent.
+        source: the encoded picture, or the path of its file.
+    """
+
+    id: str
+    name: str
+    captions: tuple[str, ...]
+    category: str
+    style: str
+    split: str
+    source: Path | bytes = field(repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture in RGB, turned upright and, where it is transparent, on white."""
+        with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as opened:
+            upright = ImageOps.exif_transpose(opened)
+        if not upright.has_transparency_data:
+            return upright.convert("RGB")
+        pasted = Image.new("RGBA", upright.size, "white")
+        pasted.alpha_composite(upright.convert("RGBA"))
+        return pasted.convert("RGB")
+
+
+@dataclass(frozen=True)
+class DataFault:
+    """A row or picture that cannot be used: the file (with the line, for rows) and the reason."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a reader found: usable pictures and faults. `str()` gives the count and the first faults."""
+
+    path: Path
+    num_pictures: int
+    faults: tuple[DataFault, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.path}: {self.num_pictures} usable pictures, {len(self.faults)} faults"
+        shown = [f"  {fault.where}: {fault.reason}" for fault in self.faults[:_SHOWN_FAULTS]]
+        more = len(self.faults) - len(shown)
+        return "\n".join([head, *shown, *([f"  and {more} more"] if more else [])])
+
+
+def load_emoji(split: str = "train") -> list[CaptionedPicture]:
+    """The embedded Fluent emoji: 64 x 64 pixels, on white, with captions.
+
+    Args:
+        split: "train", "held_out" (about a tenth of the names, none of them in "train") or "all".
+
+    Raises:
+        ValueError: for another split.
+    """
+    check_split(split)
+    with zipfile.ZipFile(EMOJI_FILE) as archive:
+        rows = [json.loads(line) for line in archive.read("metadata.jsonl").decode().splitlines()]
+        chosen = [row for row in rows if split in ("all", row["split"])]
+        return [_picture(row, tuple(row["captions"]), archive.read(row["file_name"])) for row in chosen]
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless the split is one that the embedded data has."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; the embedded data has {', '.join(SPLITS)}")
+
+
+def read_image_folder(
+    path: str | Path, split: str | None = None, strict: bool = False
+) -> tuple[list[CaptionedPicture], DataReport]:
+    """Reads an imagefolder: pictures and a metadata.jsonl with `file_name` and `text`, `caption` or `captions`.
+
+    Every picture is decoded once. Rows and pictures with a fault (missing, outside the folder, undecodable, without a
+    caption, not in the metadata) are left out, counted and logged as a warning.
+
+    Args:
+        path: the folder.
+        split: keep only the rows with this value of the column `split`.
+        strict: raise instead of leaving faulty rows out.
+
+    Returns:
+        The usable pictures in the order of the rows, and the report.
+
+    Raises:
+        ValueError: no metadata.jsonl, a split that no row has, no usable picture, or, if `strict`, any fault.
+    """
+    root = Path(path).resolve()
+    metadata = root / "metadata.jsonl"
+    if not metadata.is_file():
+        raise ValueError(f'{root} has no metadata.jsonl; write one with a row {{"file_name", "text"}} per picture')
+    pictures: list[CaptionedPicture] = []
+    faults: list[DataFault] = []
+    listed: set[str] = set()
+    for where, line in _lines(metadata):
+        result = _read_row(line, where, root, listed)
+        if isinstance(result, DataFault):
+            faults.append(result)
+        else:
+            pictures.append(result)
+    faults += _unlisted(root, listed)
+    if split is not None:
+        splits = sorted({picture.split for picture in pictures})
+        if split not in splits:
+            raise ValueError(f"no row of {metadata} has split {split!r}; they have {', '.join(splits) or 'none'}")
+        pictures = [picture for picture in pictures if picture.split == split]
+    report = DataReport(root, len(pictures), tuple(faults))
+    if (faults and strict) or not pictures:
+        raise ValueError(str(report))
+    if faults:
+        logger.warning("%s", report)
+    return pictures, report
+
+
+def _lines(metadata: Path) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(metadata.read_bytes().splitlines(), start=1):
+        if line.strip():
+            yield f"{metadata}:{number}", line
+
+
+def _read_row(line: bytes, where: str, root: Path, listed: set[str]) -> CaptionedPicture | DataFault:
+    """The picture of one row, decoded once to see that it can be; adds the row's file to `listed`."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return DataFault(where, f"not JSON: {error}")
+    name = row.get("file_name") if isinstance(row, dict) else None
+    if not isinstance(name, str) or not name:
+        return DataFault(where, "no file_name")
+    file = _inside(root, name)
+    if file is None:
+        return DataFault(where, f"file_name {name!r} leaves the folder")
+    listed.add(PurePosixPath(name).as_posix())
+    captions = _captions(row)
+    if not captions:
+        return DataFault(where, f"{name} has no caption (text, caption or captions)")
+    if not file.is_file():
+        return DataFault(str(file), "no such file")
+    picture = _picture(row, captions, file)
+    try:
+        picture.image.close()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return DataFault(str(file), f"cannot be decoded: {error}")
+    return picture
+
+
+def _inside(root: Path, name: str) -> Path | None:
+    """The file's path with links followed, or None if it is not below the root."""
+    if "\0" in name or PurePosixPath(name).is_absolute():
+        return None
+    file = (root / name).resolve()
+    return file if file.is_relative_to(root) else None
+
+
+def _captions(row: dict[str, Any]) -> tuple[str, ...]:
+    given = row.get("captions") or row.get("text") or row.get("caption") or []
+    listed = [given] if isinstance(given, str) else given
+    if not isinstance(listed, list):
+        return ()
+    return tuple(caption.strip() for caption in listed if isinstance(caption, str) and caption.strip())
+
+
+def _picture(row: dict[str, Any], captions: tuple[str, ...], source: Path | bytes) -> CaptionedPicture:
+    name, category, style, split = (str(row.get(column) or "") for column in ("name", "category", "style", "split"))
+    return CaptionedPicture(row["file_name"], name or captions[0], captions, category, style, split, source)
+
+
+def _unlisted(root: Path, listed: set[str]) -> Iterator[DataFault]:
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() in _PICTURE_SUFFIXES and file.relative_to(root).as_posix() not in listed:
+            yield DataFault(str(file), "no row in metadata.jsonl")
