@@ -214,7 +214,7 @@ class TransfusionConfig(PreTrainedConfig):
         if rows * columns + 2 > self.max_position_embeddings:
             raise ValueError(
                 f"default_image_grid={self.default_image_grid} takes {rows * columns + 2} positions with its "
-                f"begin and end tokens; max_position_embeddings={self.max_position_embeddings} allows no more than that. "
+                f"begin and end tokens; max_position_embeddings={self.max_position_embeddings} allows no more. "
                 "Take a smaller grid, larger patches or more positions."
             )
 

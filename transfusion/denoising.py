@@ -104,7 +104,7 @@ class Context:
         grids: list[Grid],
         is_visible: Tensor | None = None,
     ) -> Tensor:
-        """Append `input_ids` (B, q) where `is_token`, with the clean `images` in them; return the last logits (B, V)."""
+        """Append `input_ids` (B, q) where `is_token`, with the clean `images` in them; last logits (B, V)."""
         self.attention_mask = torch.cat(
             [self.attention_mask, (is_token if is_visible is None else is_visible).long()], dim=1
         )

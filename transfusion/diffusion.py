@@ -196,7 +196,7 @@ class DDPM(NoiseProcess):
         # Only the last beta exceeds the cap: it would be 1, the one before is near 3/4.
         is_last = timestep == self.num_train_timesteps - 1
         last = math.sqrt(1 - MAX_BETA) * math.sin(unit / self.num_train_timesteps) / math.cos(start)
-        return torch.where(is_last, last, alpha), torch.where(is_last, math.sqrt(1 - last**2), sigma)
+        return alpha.masked_fill(is_last, last), sigma.masked_fill(is_last, math.sqrt(1 - last**2))
 
     def target(self, x_0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """The noise (paper, equation 3)."""

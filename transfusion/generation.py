@@ -110,9 +110,9 @@ class NoImageBegin(SuppressTokensLogitsProcessor):
 class InterleavedDecoder:
     """The decoding loop that switches to drawing (paper, section 3); `generate` calls it after its preparations.
 
-    All rows take one token per turn. A row that samples begin-of-image gets its image, denoised after its own document;
-    then the clean patches and the end-of-image token join the shared context in one run, in which the other rows have
-    hidden padding. These wait with the logits they hold.
+    All rows take one token per turn. A row that samples begin-of-image gets its image, denoised after its own
+    document; then the clean patches and the end-of-image token join the shared context in one run, in which the other
+    rows have hidden padding. These wait with the logits they hold.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class InterleavedDecoder:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> TransfusionGenerateOutput:
-        """Continue `input_ids` (B, L) until every row has stopped; a prompt that ends in begin-of-image draws at once."""
+        """Continue `input_ids` (B, L) until all rows stop; a prompt that ends in begin-of-image draws at once."""
         if generation_config.num_beams > 1:
             raise ValueError(f"num_beams={generation_config.num_beams} cannot draw; use 1, or generation_mode='text'.")
         processors = LogitsProcessorList([p for p in logits_processor if not isinstance(p, NoImageBegin)])
@@ -171,7 +171,7 @@ class InterleavedDecoder:
         grids: list[Grid],
         generators: list[torch.Generator | None],
     ) -> Tensor:
-        """Draw after the rows where `is_drawing`, commit image and end-of-image token; return the next logits (B, V)."""
+        """Draw where `is_drawing`, commit image and end-of-image token; return the logits (B, V) after them."""
         config = model.config
         rows = is_drawing.nonzero().flatten().tolist()
         row_grids, row_generators = [grids[row] for row in rows], [generators[row] for row in rows]
@@ -317,7 +317,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             negative_documents = read_documents(negative_input_ids, negative_attention_mask, None, None, self.config)
             if len(negative_documents) != len(documents):
                 raise ValueError(
-                    f"{len(negative_documents)} negative prompts came with {len(documents)} prompts. Give one for each."
+                    f"{len(negative_documents)} negative prompts came with {len(documents)} prompts; give as many."
                 )
         for document in documents + (negative_documents or []):
             append_boi(document, self.config.boi_token_id)
@@ -371,7 +371,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             return super().generate(inputs, **prompt_grids, **kwargs)
         if generation_mode != "interleaved":
             raise ValueError(
-                f"generation_mode={generation_mode!r}; allowed: 'text', 'interleaved'. generate_images draws one image."
+                f"generation_mode={generation_mode!r}; allowed: 'text', 'interleaved'. To draw: generate_images."
             )
         drawn_grids = image_grids if not has_images and output_image_grids is None else output_image_grids
         writer = InterleavedDecoder(

@@ -121,7 +121,7 @@ def image_block_ids(input_ids: Tensor, image_token_id: int) -> Tensor:
     is_patch = input_ids == image_token_id
     is_first = is_patch.clone()
     is_first[:, 1:] &= ~is_patch[:, :-1]
-    return torch.where(is_patch, is_first.cumsum(dim=1) - 1, -1)
+    return (is_first.cumsum(dim=1) - 1).masked_fill(~is_patch, -1)
 
 
 def grid_coordinates(grid: tuple[int, int]) -> Tensor:

@@ -415,7 +415,7 @@ class NoisyImages:
     is_learned: Tensor
 
     def loss(self, prediction: Tensor, num_patches: Tensor | int | None = None) -> Tensor:
-        """Mean squared error of `prediction` (P, D) over the elements of `num_patches` learned patches (default: here)."""
+        """Squared error of `prediction` (P, D), a mean over the elements of `num_patches` patches (default: these)."""
         error = (prediction.float() - self.target.float()).square().sum(-1)
         if num_patches is None:
             num_patches = self.is_learned.sum().clamp(min=1)
@@ -423,7 +423,7 @@ class NoisyImages:
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of `logits` (T, V) at `targets` (T,), summed and divided by `num_targets` (default: T), in float32."""
+    """Float32 cross-entropy of `logits` (T, V) at `targets` (T,), summed and divided by `num_targets` (default T)."""
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     return total / (max(targets.numel(), 1) if num_targets is None else num_targets)
 

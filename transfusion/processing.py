@@ -299,7 +299,7 @@ class TransfusionProcessor(ProcessorMixin):
         for index, piece in enumerate(re.split(rf"{mark}:(\d+);", prompt)):
             if index % 2:
                 row.append(_Text(texts[int(piece)]))
-            elif mark in piece:
+            elif any(mark[start : start + 8] in piece.lower() for start in range(len(mark) - 7)):
                 raise ValueError("The chat template alters the text of a message; use one that prints it as it is.")
             else:
                 row += self._split(piece, trusted=True)
@@ -610,6 +610,8 @@ def _join(row: _Row) -> _Row:
     """Join neighbouring texts, strip white space beside pictures, and drop what is empty."""
     joined: _Row = []
     for part in row:
+        if isinstance(part, _Text) and not part.text:
+            continue
         last = joined[-1] if joined else None
         if isinstance(part, _Text) and isinstance(last, _Text) and part.trusted == last.trusted:
             joined[-1] = _Text(last.text + part.text, part.trusted)

@@ -1,0 +1,179 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
+from PIL import Image
+
+from tests.tiny import tiny_config
+from tests.tiny_processor import tiny_tokenizer, tiny_vae
+from transfusion import TransfusionPipeline
+from transfusion.image_processing import TransfusionImageProcessor
+from transfusion.latents import patchify, unpatchify
+from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+from transfusion.pipeline import TransfusionPipeline as FromModule
+from transfusion.processing import TransfusionProcessor
+
+
+def make_pipeline(objective: str = "flow") -> TransfusionPipeline:
+    """Pictures of 16 x 16 pixels, latents of 4 x 4 and 4 channels, 2 x 2 patches."""
+    processor = TransfusionProcessor(TransfusionImageProcessor(size=16), tiny_tokenizer(), tiny_vae())
+    torch.manual_seed(0)
+    config = tiny_config(
+        objective=objective,
+        vocab_size=len(processor.tokenizer),
+        boi_token_id=processor.boi_token_id,
+        eoi_token_id=processor.eoi_token_id,
+        image_token_id=processor.image_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        latent_channels=4,
+        default_image_grid=(2, 2),
+        bos_token_id=None,
+    )
+    pipeline = TransfusionPipeline(TransfusionForMultimodalGeneration(config).eval(), processor)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_the_package_exports_it() -> None:
+    assert TransfusionPipeline is FromModule
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_draws_what_generate_images_draws(objective: str) -> None:
+    pipeline = make_pipeline(objective)
+    image = pipeline("a red heart", num_inference_steps=4, guidance_scale=2.0, generator=seeded(3)[0]).images[0]
+    inputs = pipeline.processor(text="a red heart", return_tensors="pt")
+    drawn = pipeline.model.generate_images(
+        **inputs, image_grids=(2, 2), num_inference_steps=4, guidance_scale=2.0, generator=seeded(3)[0]
+    )
+    expected = pipeline.processor.decode_images(drawn.latent_patches, drawn.image_grids)[0]
+    assert image.size == (16, 16)
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_pictures_of_a_batch_are_those_of_single_calls_in_order() -> None:
+    pipeline = make_pipeline()
+    arguments = {"num_inference_steps": 3, "output_type": "latent"}
+    together = pipeline(
+        ["a red heart", "a sky"], num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), **arguments
+    ).images
+    prompts = ["a red heart", "a red heart", "a sky", "a sky"]
+    for index, prompt in enumerate(prompts):
+        alone = pipeline(prompt, generator=seeded(index)[0], **arguments).images
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_output_types_show_the_same_picture() -> None:
+    pipeline = make_pipeline()
+    outputs = {
+        kind: pipeline("a heart", num_inference_steps=2, generator=seeded(0)[0], output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    pixels = np.asarray(outputs["pil"][0]) / 255
+    np.testing.assert_allclose(outputs["np"][0], pixels, atol=1e-6)
+    np.testing.assert_allclose(outputs["pt"][0].permute(1, 2, 0).numpy(), pixels, atol=1e-6)
+    assert outputs["latent"].shape == (1, 4, 4, 4)
+
+
+def test_latents_start_the_drawing_and_callbacks_replace_them() -> None:
+    pipeline = make_pipeline()
+    start = torch.randn(1, 4, 8, 4, generator=seeded(0)[0])
+    seen = []
+
+    def keep(pipe: TransfusionPipeline, step: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+        seen.append((pipe is pipeline, step, tuple(kwargs["latents"].shape)))
+        return {"latents": start}
+
+    arguments = {"height": 32, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    drawn = pipeline("a heart", latents=start, callback_on_step_end=keep, **arguments).images
+    assert seen == [(True, 0, (1, 4, 8, 4)), (True, 1, (1, 4, 8, 4))]
+    torch.testing.assert_close(drawn, start)
+    free = pipeline("a heart", latents=start, **arguments).images
+    patches = pipeline.model.generate_images(
+        **pipeline.processor(text="a heart", return_tensors="pt"),
+        image_grids=(4, 2),
+        num_inference_steps=2,
+        latents=patchify(start[0], 2),
+    ).latent_patches
+    torch.testing.assert_close(free[0], unpatchify(patches, (4, 2), 2))
+
+
+def test_prompts_cannot_inject_control_tokens_and_may_be_empty() -> None:
+    pipeline = make_pipeline()
+    processor = pipeline.processor
+    ids = pipeline.encode_prompt(["<boi> <image> <eoi> <eos>", "", "  a heart  "])
+    control = torch.tensor([processor.boi_token_id, processor.eoi_token_id, processor.image_token_id])
+    assert torch.isin(ids["input_ids"], control).sum(1).tolist() == [1, 1, 1]  # the begin of the drawing alone
+    assert ids["attention_mask"].sum(1)[1] == 1
+    stripped = ids["input_ids"][2][ids["attention_mask"][2].bool()]
+    assert stripped.tolist() == pipeline.encode_prompt("a heart")["input_ids"][0].tolist()
+
+
+def test_negative_prompts_guide_away() -> None:
+    pipeline = make_pipeline()
+    arguments = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    plain = pipeline("a heart", generator=seeded(0)[0], **arguments).images
+    away = pipeline("a heart", negative_prompt="a sky", generator=seeded(0)[0], **arguments).images
+    assert not torch.allclose(plain, away)
+
+
+def test_captions_one_picture_or_a_list() -> None:
+    pipeline = make_pipeline()
+    picture = Image.new("RGB", (16, 16), "red")
+    one = pipeline.caption(picture, max_new_tokens=6, do_sample=False).text
+    assert isinstance(one, str)
+    other = Image.new("RGB", (16, 16), "blue")
+    assert pipeline.caption([picture, other], max_new_tokens=6, do_sample=False).text[0] == one
+    inputs = pipeline.processor(text="<image>", images=[picture], return_tensors="pt")
+    ids = pipeline.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert one == pipeline.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_save_and_load_draw_the_same_picture(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=2.0)
+    pipeline.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors", "scheduler", "vae"} <= {path.name for path in tmp_path.iterdir()}
+    again = TransfusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is FlowMatchHeunDiscreteScheduler and again.scheduler.config.shift == 2.0
+    before, after = (
+        p("a heart", num_inference_steps=3, generator=seeded(0)[0], output_type="latent").images
+        for p in (pipeline, again)
+    )
+    torch.testing.assert_close(before, after)
+    assert pipeline.count_steps(3) == 5
+
+
+REFUSED = [
+    ({"prompt": []}, "prompt=[]"),
+    ({"prompt": [1]}, "prompt=[1]"),
+    ({"output_type": "jpeg"}, "'jpeg'; allowed: 'pil'"),
+    ({"height": 20}, "multiples of 8; the nearest is"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+    ({"generator": [torch.Generator()] * 2}, "list of 2 for 1 images"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, "these grids take (4, 16)"),
+    ({"negative_prompt": ["a", "b"]}, "2 negative prompts"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[next(iter(a)) for a, _ in REFUSED])
+def test_refuses_bad_arguments(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make_pipeline()(**{"prompt": "a heart", "num_inference_steps": 1, **arguments})
+    assert words in str(error.value)
+
+
+def test_refuses_parts_that_do_not_fit() -> None:
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match="DDIMScheduler"):
+        TransfusionPipeline(pipeline.model, pipeline.processor, DDIMScheduler())
+    other = TransfusionProcessor(TransfusionImageProcessor(size=16), tiny_tokenizer())
+    with pytest.raises(ValueError, match="latent_channels is 4 in the config and 3 in the processor"):
+        TransfusionPipeline(pipeline.model, other)

@@ -1,0 +1,226 @@
+"""`TransfusionPipeline`: text to image by diffusers' call, and captions."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+from .diffusion import check_scheduler, make_scheduler
+from .latents import patchify, split_images, unpatchify
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class TransfusionPipelineOutput(BaseOutput):
+    """`images`: PIL images, an array (N, H, W, 3) or tensor (N, 3, H, W) in [0, 1], or latents (N, C, h, w)."""
+
+    images: Any
+
+
+@dataclass
+class TransfusionCaptionOutput(BaseOutput):
+    """`text`: a caption, or a list of captions for a list of images."""
+
+    text: Any
+
+
+class TransfusionPipeline(DiffusionPipeline):
+    """Draws pictures from prompts, and writes captions of pictures.
+
+    Args:
+        model: A `TransfusionForMultimodalGeneration`.
+        processor: Its `TransfusionProcessor`, which owns the VAE.
+        scheduler: A diffusers scheduler; by default that of the model's objective.
+
+    Raises:
+        ValueError: A processor or a scheduler that does not fit the model.
+    """
+
+    def __init__(self, model: Any, processor: Any, scheduler: SchedulerMixin | None = None) -> None:
+        super().__init__()
+        processor.check_model(model.config)
+        objective = model.config.objective
+        if scheduler is None:
+            shift = model.config.timestep_shift if objective == "flow" else 1.0
+            scheduler = make_scheduler(objective, shift=shift, num_train_timesteps=model.config.num_train_timesteps)
+        check_scheduler(scheduler, objective)
+        self.register_modules(model=model, processor=processor, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, scheduler: SchedulerMixin | None = None, **kwargs: Any) -> Any:
+        """Load model and processor from `path`, a folder or Hub name, and the scheduler from its `scheduler/`.
+
+        `kwargs` go to `AutoModel.from_pretrained` (`dtype`, `device_map`, ...).
+        """
+        model = AutoModel.from_pretrained(path, **kwargs)
+        processor = AutoProcessor.from_pretrained(path)
+        return cls(model, processor, scheduler or cls._load_scheduler(path, model.config.objective))
+
+    @staticmethod
+    def _load_scheduler(path: str | Path, objective: str) -> SchedulerMixin | None:
+        try:
+            config = DDIMScheduler.load_config(path, subfolder="scheduler")  # every scheduler's file has one name
+        except OSError:  # saved without a pipeline: the objective's default will do
+            return None
+        return type(make_scheduler(objective, config["_class_name"])).from_config(config)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save model, processor with its VAE, and `scheduler/` into one folder; `kwargs` go to the model."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        self.scheduler.save_pretrained(Path(save_directory, "scheduler"))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+    ) -> Any:
+        """Draw.
+
+        Args:
+            prompt: One or several; ordinary text, in which no word is a control token.
+            negative_prompt: What to be guided away from, one or one for each prompt.
+            height, width: In pixels; by default those of the model's pictures.
+            num_inference_steps, guidance_scale: By default those of the generation config.
+            num_images_per_prompt: Pictures of each prompt, side by side in the result.
+            generator: One, or one for each picture.
+            latents: (N, C, h, w) noise to start from.
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: Return a `TransfusionPipelineOutput`, or a tuple.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": (N, C, h, w)})`; what it
+                returns under `"latents"` replaces them.
+
+        Raises:
+            ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}; give an integer of 1 or more.")
+        grid = self.grid_of(height, width)
+        inputs = self.encode_prompt(prompt, num_images_per_prompt)
+        num_images = inputs["input_ids"].shape[0]
+        if negative_prompt is not None:
+            negative = [negative_prompt] * num_images if isinstance(negative_prompt, str) else negative_prompt
+            repeats = 1 if isinstance(negative_prompt, str) else num_images_per_prompt
+            encoded = self.encode_prompt(negative, repeats)
+            inputs |= {f"negative_{name}": value for name, value in encoded.items()}
+        if latents is not None:
+            latents = patchify(latents, self.model.config.patch_size).flatten(0, 1)
+        num_inference_steps = num_inference_steps or self.model.prepare_drawing().num_inference_steps
+        with self.progress_bar(total=self.count_steps(num_inference_steps)) as progress:
+
+            def after_step(step: int, timestep: Tensor, x_t: Tensor) -> Tensor | None:
+                progress.update()
+                if callback_on_step_end is None:
+                    return None
+                kept = {"latents": self.to_latents(x_t, grid)}
+                changed = callback_on_step_end(self, step, timestep, kept).get("latents", kept["latents"])
+                return patchify(changed, self.model.config.patch_size).flatten(0, 1)
+
+            drawn = self.model.generate_images(
+                **inputs,
+                image_grids=grid,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                scheduler=self.scheduler,
+                generator=generator,
+                latents=latents,
+                callback=after_step,
+            )
+        images = self.decode(drawn.latent_patches, drawn.image_grids, output_type)
+        return TransfusionPipelineOutput(images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def caption(
+        self, image: Any, prompt: str = "", max_new_tokens: int = 32, **kwargs: Any
+    ) -> TransfusionCaptionOutput:
+        """Describe `image`, or each of a list of them; `prompt` is how the text begins.
+
+        `kwargs` go to `generate` (`do_sample`, `num_beams`, ...).
+        """
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        rows = [[{"type": "image", "image": one}, {"type": "text", "text": prompt}] for one in images]
+        inputs = self.processor(text=rows, return_tensors="pt").to(self.model.device)
+        written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)
+        new = written[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return TransfusionCaptionOutput(texts if isinstance(image, list | tuple) else texts[0])
+
+    def encode_prompt(self, prompt: str | Sequence[str], repeats: int = 1) -> dict[str, Tensor]:
+        """Token ids and mask (N, L) of each prompt, `repeats` times, on the model's device."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(one, str) for one in prompts):
+            raise ValueError(f"prompt={prompt!r}; give a string, or a list of at least one.")
+        rows = [self.prompt_ids(one) for one in prompts for _ in range(repeats)]
+        rows = [torch.tensor(row, device=self.model.device) for row in rows]
+        pad = {"batch_first": True, "padding_value": 0, "padding_side": "left"}
+        masks = [torch.ones_like(row) for row in rows]
+        return {
+            "input_ids": torch.nn.utils.rnn.pad_sequence(rows, **pad),
+            "attention_mask": torch.nn.utils.rnn.pad_sequence(masks, **pad),
+        }
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt and begin-of-image; an empty prompt is begin-of-image alone."""
+        # White space beside a picture is stripped in training too.
+        text = prompt.strip()
+        ids = self.processor(text=[{"type": "text", "text": text}])["input_ids"][0] if text else []
+        return [*ids, self.processor.boi_token_id]
+
+    def grid_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(rows, columns) of patches of a picture of `height` by `width` pixels."""
+        block = self.processor.image_processor.block
+        rows, columns = self.model.config.default_image_grid
+        height, width = rows * block if height is None else height, columns * block if width is None else width
+        if height < 1 or width < 1 or height % block or width % block:
+            nearest = tuple(max(block, round(side / block) * block) for side in (height, width))
+            raise ValueError(f"height={height}, width={width} must be multiples of {block}; the nearest is {nearest}.")
+        return height // block, width // block
+
+    def count_steps(self, num_inference_steps: int) -> int:
+        """Network evaluations that the scheduler takes for `num_inference_steps` (Heun: 2N - 1)."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        return len(scheduler.timesteps)
+
+    def to_latents(self, latent_patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(N, C, h, w) from the flat patches (P, D) of pictures of one grid."""
+        patches = latent_patches.unflatten(0, (-1, grid[0] * grid[1]))
+        return unpatchify(patches, grid, self.model.config.patch_size)
+
+    def decode(self, latent_patches: Tensor, image_grids: Tensor, output_type: str) -> Any:
+        """Turn flat patches (P, D) into what `output_type` names."""
+        if output_type == "latent":
+            grid = (int(image_grids[0, 0]), int(image_grids[0, 1]))
+            return self.to_latents(torch.cat(list(split_images(latent_patches, image_grids))), grid)
+        pictures = self.processor.decode_images(latent_patches, image_grids)
+        if output_type == "pil":
+            return pictures
+        import numpy as np
+
+        array = np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures])
+        return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+__all__ = ["TransfusionCaptionOutput", "TransfusionPipeline", "TransfusionPipelineOutput"]
