@@ -61,9 +61,9 @@ def build_embedded_glosses(downloads: Path | None = None) -> None:
         logger.info("%s: %d definitions, %d bytes", gloss_file(split), len(glosses), len(packed))
 
 
-def build_tokenizer() -> None:
+def build_tokenizer(out: Path = TOKENIZER_FOLDER) -> None:
     """Retrains the embedded tokenizer on the training captions and definitions."""
     captions = [caption for picture in load_emoji("train") for caption in picture.captions]
     tokenizer = train_tokenizer([*captions, *load_glosses("train")])
-    tokenizer.save_pretrained(TOKENIZER_FOLDER)
-    logger.info("%s: %d entries", TOKENIZER_FOLDER, len(tokenizer))
+    tokenizer.save_pretrained(out)
+    logger.info("%s: %d entries", out, len(tokenizer))

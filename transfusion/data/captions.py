@@ -24,9 +24,7 @@ _UNCOUNTABLE = frozenset(
 _ADJECTIVES = frozenset("dizzy locked prohibited radioactive registered unlocked".split())
 _NEEDS_THE = frozenset({"statue of liberty", "star of david", "map of japan", "milky way"})
 _PEOPLE_FIRST = re.compile(r"(?:old |older |bald )?(man|woman|person|child|boy|girl|face|men|women|people)\b")
-_AFTER_HEAD = re.compile(
-    r" (?:with|of|in|on|over|at|for|from|and|behind|showing|without|to|curving|pointing)\b|[,(]"
-)
+_AFTER_HEAD = re.compile(r" (?:with|of|in|on|over|at|for|from|and|behind|showing|without|to|curving|pointing)\b|[,(]")
 # By sound: "a unicorn", "a ewe", "an hourglass", "an 8 ball", "an NG button", "an x-ray".
 _VOWEL_SOUND = re.compile(
     r"(?!one|once|eu|ewe|uni|use|usual|uk|UFO)(?:[aeiouAEIOU8]|hour|11\b|18\b|x-|[FHLMNRSX][A-Z]?\b|SOS)"
@@ -35,12 +33,12 @@ _VOWEL_SOUND = re.compile(
 
 def slug(name: str) -> str:
     """Lower-case ASCII words joined by hyphens: "Curaçao (flag)" -> "curacao-flag"."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return "-".join(re.findall(r"[a-z0-9]+", plain.lower().replace("'", "")))
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return "-".join(re.findall(r"[a-z0-9]+", letters.lower().replace("'", "")))
 
 
 def split_of(name: str) -> str:
-    """"train" or "held_out", by a hash of the name.
+    """ "train" or "held_out", by a hash of the name.
 
     Words that only tell who is shown ("man", "woman") and the direction are left out of the hash, so that "man
     surfing" and "woman surfing" fall on the same side.
@@ -50,9 +48,14 @@ def split_of(name: str) -> str:
     return "held_out" if int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT_ONE_IN == 0 else "train"
 
 
+def plain(text: str) -> str:
+    """The text with straight quotes and hyphens for the typographic ones."""
+    return text.translate({ord("’"): "'", ord("“"): '"', ord("”"): '"', ord("–"): "-"})
+
+
 def readable_name(label: str) -> str:
     """A label of the emoji standard as plain words: "flag: Niue" -> "flag of Niue", curly quotes made straight."""
-    label = label.replace("’", "'").replace("“", '"').replace("”", '"').replace("&", "and")
+    label = plain(label).replace("&", "and")
     head, colon, tail = label.partition(": ")
     if not colon:
         return label
@@ -102,11 +105,11 @@ def phrasings(name: str, tags: list[str], style: str | None = None) -> list[str]
         tags: further words for it; those that are in the name are left out of the list phrasing.
         style: words for the manner of drawing, such as "twemoji"; a caption naming it is added.
     """
-    plain = with_article(name)
-    captions = [plain, f"an emoji of {plain}", f"a flat picture of {plain}"]
-    other = [tag for tag in tags if tag not in name.lower()][:3]
+    named = with_article(name)
+    captions = [named, f"an emoji of {named}", f"a flat picture of {named}"]
+    other = [tag for tag in map(plain, tags) if tag.lower() not in name.lower()][:3]
     if other:
         captions.append(", ".join([name, *other]))
     if style is not None:
-        captions.append(f"{plain}, {style} style")
+        captions.append(f"{named}, {style} style")
     return captions

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,7 +235,7 @@ def build_rows(packages: Path, styles: tuple[EmojiStyle, ...], size: int) -> Ite
             yield row, buffer.getvalue()
 
 
-def write_image_folder(rows: Iterator[tuple[dict[str, object], bytes]], out: Path) -> int:
+def write_image_folder(rows: Iterable[tuple[Mapping[str, object], bytes]], out: Path) -> int:
     """Writes pictures and metadata.jsonl as an imagefolder, or as a zip file of one if `out` ends in ".zip".
 
     The zip file has no times in it: the same rows make the same bytes. Returns the number of pictures.
