@@ -51,7 +51,9 @@ def test_the_defaults_are_the_papers() -> None:
 
 
 def test_round_trip_through_json(tmp_path: Path) -> None:
-    config = TransfusionConfig.from_preset("demo", timestep_shift=2.0, rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    config = TransfusionConfig.from_preset(
+        "demo", timestep_shift=2.0, rope_parameters={"rope_type": "default", "rope_theta": 5e4}
+    )
     config.save_pretrained(tmp_path)
     again = TransfusionConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()

@@ -30,7 +30,12 @@ def test_too_many_images_for_the_prompts_are_refused() -> None:
 
 
 def uncached_prediction(
-    model: TransfusionForMultimodalGeneration, ids: list[int], visible: list[int], grid: tuple[int, int], x: Tensor, t: Tensor
+    model: TransfusionForMultimodalGeneration,
+    ids: list[int],
+    visible: list[int],
+    grid: tuple[int, int],
+    x: Tensor,
+    t: Tensor,
 ) -> Tensor:
     """The image after `ids`, in one run over everything."""
     count = grid[0] * grid[1]
@@ -44,7 +49,9 @@ def uncached_prediction(
     return output.image_prediction
 
 
-def slow_drawing(model, ids: list[int], grid: tuple[int, int], noise: Tensor, scheduler, steps: int, scale: float) -> Tensor:
+def slow_drawing(
+    model, ids: list[int], grid: tuple[int, int], noise: Tensor, scheduler, steps: int, scale: float
+) -> Tensor:
     """Sampling written out: no cache, no batch, one branch after the other."""
     scheduler.set_timesteps(steps)
     x, hidden = noise, [int(token in (97, 98, 99)) for token in ids]
@@ -57,7 +64,8 @@ def slow_drawing(model, ids: list[int], grid: tuple[int, int], noise: Tensor, sc
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(
-    ("objective", "name"), [("ddpm", "DDIMScheduler"), ("ddpm", "DPMSolverMultistepScheduler"), ("flow", "FlowMatchHeunDiscreteScheduler")]
+    ("objective", "name"),
+    [("ddpm", "DDIMScheduler"), ("ddpm", "DPMSolverMultistepScheduler"), ("flow", "FlowMatchHeunDiscreteScheduler")],
 )
 def test_cached_batched_guided_drawing_equals_the_slow_one(objective: str, name: str, scale: float) -> None:
     model = tiny_model(objective=objective)
@@ -79,7 +87,12 @@ def test_every_scheduler_draws_a_batch_as_it_draws_each_row(objective: str, name
     drawing = Drawing(make_scheduler(objective, name), 6, 2.0)
     documents = [Document(torch.tensor(prompt)) for prompt in prompts]
     together = draw_images(
-        model, documents, draw_noise(grids, seeded(0, 1, 2), 12, "cpu"), grids, drawing, generators := seeded(10, 11, 12)
+        model,
+        documents,
+        draw_noise(grids, seeded(0, 1, 2), 12, "cpu"),
+        grids,
+        drawing,
+        generators := seeded(10, 11, 12),
     )
     assert generators
     for row in range(3):

@@ -84,8 +84,12 @@ def test_a_batch_draws_what_single_calls_draw(side: str) -> None:
     left = side == "left"
     ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10] if left else [9, 10, 0, 0]])
     arguments = {"num_inference_steps": 4, "guidance_scale": 2.5}
-    together = model.generate_images(ids, ids.ne(0), image_grids=[(2, 2), (1, 3)], generator=generators(1, 2), **arguments)
-    one = model.generate_images(torch.tensor([[5, 6, 7, 8]]), image_grids=(2, 2), generator=generators(1)[0], **arguments)
+    together = model.generate_images(
+        ids, ids.ne(0), image_grids=[(2, 2), (1, 3)], generator=generators(1, 2), **arguments
+    )
+    one = model.generate_images(
+        torch.tensor([[5, 6, 7, 8]]), image_grids=(2, 2), generator=generators(1)[0], **arguments
+    )
     two = model.generate_images(torch.tensor([[9, 10]]), image_grids=(1, 3), generator=generators(2)[0], **arguments)
     expected = torch.cat([one.latent_patches, two.latent_patches])
     torch.testing.assert_close(together.latent_patches, expected, atol=1e-5, rtol=1e-5)
@@ -104,7 +108,9 @@ def test_negative_prompts_replace_the_unconditional_branch() -> None:
     model = tiny_model(objective="flow")
     ids, arguments = torch.tensor([[5, 6]]), {"num_inference_steps": 3, "guidance_scale": 3.0}
     plain = model.generate_images(ids, generator=generators(0)[0], **arguments)
-    negative = model.generate_images(ids, generator=generators(0)[0], negative_input_ids=torch.tensor([[9]]), **arguments)
+    negative = model.generate_images(
+        ids, generator=generators(0)[0], negative_input_ids=torch.tensor([[9]]), **arguments
+    )
     same = model.generate_images(ids, generator=generators(0)[0], negative_input_ids=ids, **arguments)
     unguided = model.generate_images(ids, generator=generators(0)[0], num_inference_steps=3, guidance_scale=1.0)
     assert not torch.allclose(plain.latent_patches, negative.latent_patches)
@@ -127,8 +133,14 @@ def test_interleaved_rows_draw_in_their_own_time_and_go_on() -> None:
     model = force(tiny_model(objective="flow"), answers)
     ids = torch.tensor([[0, 5], [9, 10]])
     output = model.generate(
-        ids, attention_mask=ids.ne(0).long(), generation_mode="interleaved", image_grids=[(1, 2), (2, 2)], max_new_tokens=20,
-        do_sample=False, num_inference_steps=3, generator=generators(0, 1),
+        ids,
+        attention_mask=ids.ne(0).long(),
+        generation_mode="interleaved",
+        image_grids=[(1, 2), (2, 2)],
+        max_new_tokens=20,
+        do_sample=False,
+        num_inference_steps=3,
+        generator=generators(0, 1),
     )
     assert output.sequences.tolist() == [
         [0, 5, 6, BOI, PATCH, PATCH, EOI, 7, 8, EOS, 0, 0, 0],
@@ -153,8 +165,14 @@ def test_interleaved_text_equals_a_full_run_without_a_cache() -> None:
     model = random_drawer()
     ids = torch.tensor([[5, 6, 7], [0, 8, 9], [10, 11, 12]])
     output = model.generate(
-        ids, attention_mask=ids.ne(0).long(), generation_mode="interleaved", max_new_tokens=12, do_sample=False,
-        image_grids=[(1, 2), (2, 2), (1, 1)], num_inference_steps=2, generator=generators(0, 1, 2),
+        ids,
+        attention_mask=ids.ne(0).long(),
+        generation_mode="interleaved",
+        max_new_tokens=12,
+        do_sample=False,
+        image_grids=[(1, 2), (2, 2), (1, 1)],
+        num_inference_steps=2,
+        generator=generators(0, 1, 2),
     )
     drawn = 0
     for row, (images, grids) in enumerate(zip(output.images, output.image_grids, strict=True)):
@@ -176,10 +194,16 @@ def test_an_interleaved_batch_equals_single_calls() -> None:
     ids = torch.tensor([[5, 6, 7], [0, 8, 9], [10, 11, 12]])
     arguments = {"generation_mode": "interleaved", "max_new_tokens": 10, "do_sample": False, "num_inference_steps": 2}
     together = model.generate(
-        ids, attention_mask=ids.ne(0).long(), image_grids=[(1, 2), (2, 2), (1, 1)], generator=generators(0, 1, 2), **arguments
+        ids,
+        attention_mask=ids.ne(0).long(),
+        image_grids=[(1, 2), (2, 2), (1, 1)],
+        generator=generators(0, 1, 2),
+        **arguments,
     )
     for row, grid in enumerate([(1, 2), (2, 2), (1, 1)]):
-        alone = model.generate(ids[row][ids[row] != 0][None], image_grids=grid, generator=generators(row)[0], **arguments)
+        alone = model.generate(
+            ids[row][ids[row] != 0][None], image_grids=grid, generator=generators(row)[0], **arguments
+        )
         assert [t for t in together.sequences[row].tolist() if t] == [t for t in alone.sequences[0].tolist() if t]
         for image, other in zip(together.images[row], alone.images[0], strict=True):
             torch.testing.assert_close(image, other, atol=1e-4, rtol=1e-4)
@@ -197,7 +221,11 @@ def test_patches_do_not_count_and_a_begun_image_is_finished() -> None:
 def test_a_prompt_that_ends_in_begin_of_image_draws_at_once() -> None:
     model = force(tiny_model(objective="flow"), {EOI: 7, 7: 8})
     output = model.generate(
-        torch.tensor([[5, BOI]]), generation_mode="interleaved", max_new_tokens=2, num_inference_steps=2, do_sample=False
+        torch.tensor([[5, BOI]]),
+        generation_mode="interleaved",
+        max_new_tokens=2,
+        num_inference_steps=2,
+        do_sample=False,
     )
     assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 6, EOI, 7, 8]]
     assert output.image_grids == [[(2, 3)]]
@@ -206,8 +234,12 @@ def test_a_prompt_that_ends_in_begin_of_image_draws_at_once() -> None:
 def test_interleaved_with_a_picture_in_the_prompt() -> None:
     model = force(tiny_model(objective="flow"), {EOI: 7, 7: BOI})
     output = model.generate(
-        **make_batch([[5, (2, 2)]]), generation_mode="interleaved", output_image_grids=(1, 2), max_new_tokens=3,
-        num_inference_steps=2, do_sample=False,
+        **make_batch([[5, (2, 2)]]),
+        generation_mode="interleaved",
+        output_image_grids=(1, 2),
+        max_new_tokens=3,
+        num_inference_steps=2,
+        do_sample=False,
     )
     assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 4, EOI, 7, BOI, PATCH, PATCH, EOI, 7]]
     assert [len(row) for row in output.images] == [1]

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from tests.tiny import document, make_batch, tiny_config, tiny_model
 from torch import Tensor
 
+from tests.tiny import document, make_batch, tiny_config, tiny_model
 from transfusion.inputs import check_inputs, images_without_prior_text, learned_labels
 
 

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import make_batch, tiny_config, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import transfusion  # noqa: F401  registers the auto classes
+from tests.tiny import make_batch, tiny_config, tiny_model
 from transfusion.inputs import images_without_prior_text
 from transfusion.modeling_transfusion import (
     TransfusionForMultimodalGeneration,
@@ -26,11 +26,16 @@ def slow_mask(is_patch: list[bool]) -> Tensor:
         image_of.append(image if patch else None)
     length = len(is_patch)
     return torch.tensor(
-        [[j <= i or (image_of[i] is not None and image_of[i] == image_of[j]) for j in range(length)] for i in range(length)]
+        [
+            [j <= i or (image_of[i] is not None and image_of[i] == image_of[j]) for j in range(length)]
+            for i in range(length)
+        ]
     )
 
 
-def full_mask(config_model: TransfusionForMultimodalGeneration, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def full_mask(
+    config_model: TransfusionForMultimodalGeneration, input_ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
     embeds = config_model.model.embed_tokens(input_ids)
     mask = transfusion_mask(config_model.config, embeds, attention_mask, None, input_ids == 99)
     return mask if mask.dtype == torch.bool else mask == 0
@@ -59,8 +64,8 @@ def influence(model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor
     """(L, L), True where the output at a position has a gradient at the input of another."""
     embeds = model.model.embed_tokens(batch["input_ids"])
     is_patch = batch["input_ids"] == 99
-    index = torch.zeros(len(batch["latent_patches"]), dtype=torch.long)
-    patches = model.model.patch_encoder(batch["latent_patches"], torch.zeros(1), index)
+    timesteps = torch.zeros(len(batch["image_grids"]))
+    patches = model.model.patch_encoder(batch["latent_patches"], timesteps, batch["image_grids"])
     embeds = embeds.masked_scatter(is_patch[..., None], patches).detach().requires_grad_()
     config = model.config
     mask = transfusion_mask(config, embeds, None, None, is_patch)
@@ -74,11 +79,13 @@ def influence(model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor
 
 def test_gradients_flow_to_future_patches_of_the_same_image_and_to_no_other_future() -> None:
     batch = make_batch([[5, (2, 2), 6, (1, 2), 7]])
-    seen = influence(tiny_model(), {**batch, "image_grids": torch.tensor([[6, 1]])})
+    seen = influence(tiny_model(), batch)
     assert torch.equal(seen, slow_mask((batch["input_ids"][0] == 99).tolist()))
 
 
-def test_patches_reach_their_image_and_what_follows_through_the_whole_model(model: TransfusionForMultimodalGeneration) -> None:
+def test_patches_reach_their_image_and_what_follows_through_the_whole_model(
+    model: TransfusionForMultimodalGeneration,
+) -> None:
     batch = make_batch([[5, (2, 2), 6, (1, 2), 7]])
     patches = batch["latent_patches"].requires_grad_()
     output = model(**{**batch, "latent_patches": patches}, timesteps=torch.tensor([3, 4]))
@@ -90,7 +97,9 @@ def test_patches_reach_their_image_and_what_follows_through_the_whole_model(mode
     assert text is None or not text.any()
 
 
-def slow_losses(model: TransfusionForMultimodalGeneration, batch: dict, labels: Tensor, t: Tensor, noise: Tensor) -> tuple:
+def slow_losses(
+    model: TransfusionForMultimodalGeneration, batch: dict, labels: Tensor, t: Tensor, noise: Tensor
+) -> tuple:
     """Both losses with the paper's equations 1 to 4, row by row and image by image."""
     config, process = model.config, model.noise_process
     patches, squared, count, image, start = batch["latent_patches"].clone(), 0.0, 0, 0, 0
@@ -246,8 +255,16 @@ def test_padding_side_and_amount_change_nothing(model) -> None:
     length = batch["input_ids"].shape[1]
     pads = torch.zeros(1, 3, dtype=torch.long)
     plain = model(**batch).logits
-    right = {**batch, "input_ids": torch.cat([batch["input_ids"], pads], 1), "attention_mask": torch.cat([batch["attention_mask"], pads], 1)}
-    left = {**batch, "input_ids": torch.cat([pads, batch["input_ids"]], 1), "attention_mask": torch.cat([pads, batch["attention_mask"]], 1)}
+    right = {
+        **batch,
+        "input_ids": torch.cat([batch["input_ids"], pads], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], pads], 1),
+    }
+    left = {
+        **batch,
+        "input_ids": torch.cat([pads, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([pads, batch["attention_mask"]], 1),
+    }
     torch.testing.assert_close(model(**right).logits[:, :length], plain)
     positions = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
     torch.testing.assert_close(model(**left, position_ids=positions).logits[:, 3:], plain, atol=1e-6, rtol=1e-6)
@@ -361,3 +378,19 @@ def test_bfloat16_follows_float32(batch: dict[str, Tensor]) -> None:
     exact = model(**batch).logits
     rough = model.bfloat16()(**batch).logits
     assert F.mse_loss(rough.float(), exact).sqrt() < 0.02 * exact.std() + 0.02
+
+
+def test_permuting_patches_of_pure_noise_is_seen_with_axial_positions() -> None:
+    """Top and bottom differ by more than their distance to the text: each patch knows its row and column."""
+    model = tiny_model(objective="flow", axial_positions=True)
+    for layer in model.model.layers:  # leave positions to the embedding alone
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    batch = make_batch([[5, (2, 2)]])
+    batch["latent_patches"] = batch["latent_patches"][:1].expand(4, -1)
+    predictions = model(**batch, timesteps=torch.tensor([500.0])).image_prediction
+    assert torch.cdist(predictions, predictions).add(torch.eye(4)).min() > 1e-4
+    plain = tiny_model(objective="flow")
+    for layer in plain.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    predictions = plain(**batch, timesteps=torch.tensor([500.0])).image_prediction
+    assert torch.cdist(predictions, predictions).max() < 1e-12

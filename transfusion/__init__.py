@@ -8,12 +8,14 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+
+# transformers' own door to this one is shut where torchvision is absent, before 5.18.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration import TransfusionConfig
 from .image_processing import TransfusionImageProcessor

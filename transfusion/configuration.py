@@ -62,6 +62,7 @@ class TransfusionConfig(PreTrainedConfig):
         attention_bias, mlp_bias, qk_norm: Biases and the RMSNorm on queries and keys that Qwen-like checkpoints have.
         latent_channels: Channels of the image latents (3 where pixels are the latents).
         patch_size: Side of a square patch, in latent positions.
+        axial_positions: Whether a continuous axial embedding tells each patch its row and column.
         objective: `"ddpm"` (epsilon prediction under the cosine schedule: the paper) or `"flow"` (rectified flow).
         image_loss_weight: The weight of the image loss beside the text loss (paper, equation 4: 5).
         num_train_timesteps: Length of the noise schedule.
@@ -109,6 +110,7 @@ class TransfusionConfig(PreTrainedConfig):
 
     latent_channels: int = 8
     patch_size: int = 2
+    axial_positions: bool = False
     objective: str = "ddpm"
     image_loss_weight: int | float = 5.0
     num_train_timesteps: int = 1000
@@ -184,7 +186,7 @@ class TransfusionConfig(PreTrainedConfig):
             _check(self, name, lambda v: _is_int(v) and v > 0, "a positive integer")
         for name in ("intermediate_size", "num_key_value_heads", "head_dim"):
             _check(self, name, lambda v: v is None or (_is_int(v) and v > 0), "a positive integer or None")
-        for name in ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm"):
+        for name in ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm", "axial_positions"):
             _check(self, name, lambda v: isinstance(v, bool), "True or False")
         for name in ("rms_norm_eps", "timestep_std", "timestep_shift"):
             _check(self, name, lambda v: _is_number(v) and v > 0, "a finite number above 0")

@@ -103,7 +103,7 @@ def append_boi(document: Document, boi_token_id: int) -> None:
         document.input_ids = torch.cat([document.input_ids, document.input_ids.new_tensor([boi_token_id])])
 
 
-class NoImageBegin(SuppressTokensLogitsProcessor):
+class _NoImageBegin(SuppressTokensLogitsProcessor):
     """Keeps text mode from beginning an image; the interleaved decoder takes it out."""
 
 
@@ -134,7 +134,7 @@ class InterleavedDecoder:
         """Continue `input_ids` (B, L) until all rows stop; a prompt that ends in begin-of-image draws at once."""
         if generation_config.num_beams > 1:
             raise ValueError(f"num_beams={generation_config.num_beams} cannot draw; use 1, or generation_mode='text'.")
-        processors = LogitsProcessorList([p for p in logits_processor if not isinstance(p, NoImageBegin)])
+        processors = LogitsProcessorList([p for p in logits_processor if not isinstance(p, _NoImageBegin)])
         images = model_kwargs.get("latent_patches"), model_kwargs.get("image_grids")
         documents = read_documents(input_ids, model_kwargs.get("attention_mask"), *images, model.config)
         prompts = [copy.copy(document) for document in documents]
@@ -389,7 +389,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         # A patch is no token, and the decoder itself closes an image.
         unwritten = [self.config.image_token_id, self.config.eoi_token_id]
         processors.append(SuppressTokensLogitsProcessor(unwritten, device=kwargs["device"]))
-        processors.append(NoImageBegin([self.config.boi_token_id], device=kwargs["device"]))
+        processors.append(_NoImageBegin([self.config.boi_token_id], device=kwargs["device"]))
         return processors
 
     def prepare_inputs_for_generation(

@@ -112,6 +112,20 @@ def patch_image_index(image_grids: Tensor, num_patches: int) -> Tensor:
     return images.repeat_interleave(image_grids.prod(-1), output_size=num_patches)
 
 
+def patch_coordinates(image_grids: Tensor, image_index: Tensor) -> Tensor:
+    """(P, 2): row and column of each flat patch in its image, without a host sync.
+
+    Args:
+        image_grids: (N, 2), rows and columns of each image.
+        image_index: (P,), which image each patch belongs to, as `patch_image_index` gives it.
+    """
+    counts = image_grids.prod(dim=1)
+    starts = counts.cumsum(dim=0) - counts
+    place = torch.arange(len(image_index), device=image_index.device) - starts[image_index]
+    columns = image_grids[image_index, 1]
+    return torch.stack([place // columns, place % columns], dim=1)
+
+
 def image_block_ids(input_ids: Tensor, image_token_id: int) -> Tensor:
     """Number the image blocks of each row: the runs of `image_token_id` in `input_ids` (B, L).
 
@@ -138,4 +152,12 @@ def _check_grids(image_grids: Tensor) -> None:
         )
 
 
-__all__ = ["grid_coordinates", "image_block_ids", "patch_image_index", "patchify", "split_images", "unpatchify"]
+__all__ = [
+    "grid_coordinates",
+    "image_block_ids",
+    "patch_coordinates",
+    "patch_image_index",
+    "patchify",
+    "split_images",
+    "unpatchify",
+]

@@ -371,8 +371,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             image_mask = self.get_image_mask(input_ids, inputs_embeds)
             if timesteps is None:
                 timesteps = latent_patches.new_zeros(image_grids.shape[0])
-            image_index = patch_image_index(image_grids, latent_patches.shape[0])
-            patch_embeds = self.patch_encoder(latent_patches.to(inputs_embeds.dtype), timesteps, image_index)
+            patch_embeds = self.patch_encoder(latent_patches.to(inputs_embeds.dtype), timesteps, image_grids)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], patch_embeds.to(inputs_embeds.dtype))
             if latent_patches.shape[0] == 0:
                 image_mask = None  # a plain causal mask, which the fused kernels need not read

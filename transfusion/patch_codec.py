@@ -3,25 +3,15 @@
 Shapes: P patches of all images of the batch, N images, D = latent_channels * patch_size**2, H = hidden_size.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .configuration import TransfusionConfig
+from .latents import patch_coordinates, patch_image_index
+from .positions import ContinuousAxialPositionalEmbedding, sinusoids
 
 
 FREQUENCY_DIM = 256
-
-
-def timestep_features(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids of `timesteps` (N,), given in steps of the schedule: (N, dim) in float32, sines last.
-
-    The features of Vaswani et al. 2017 as diffusion models use them (Ho et al. 2020, appendix B).
-    """
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -34,7 +24,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed `timesteps` (N,) as (N, H) in `dtype`."""
-        features = timestep_features(timesteps, FREQUENCY_DIM).to(dtype)
+        features = sinusoids(timesteps, FREQUENCY_DIM).to(dtype)
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
 
@@ -50,10 +40,17 @@ class LinearPatchEncoder(nn.Module):
         super().__init__()
         self.proj = nn.Linear(config.patch_dim, config.hidden_size)
         self.time_embed = TimestepEmbedding(config.hidden_size)
+        self.position_embed = (
+            ContinuousAxialPositionalEmbedding(config.hidden_size) if config.axial_positions else None
+        )
 
-    def forward(self, latent_patches: Tensor, timesteps: Tensor, image_index: Tensor) -> Tensor:
-        """Encode `latent_patches` (P, D); patch i belongs to image `image_index[i]`, noised to `timesteps` (N,)."""
-        return self.proj(latent_patches) + self.time_embed(timesteps, latent_patches.dtype)[image_index]
+    def forward(self, latent_patches: Tensor, timesteps: Tensor, image_grids: Tensor) -> Tensor:
+        """Encode `latent_patches` (P, D) of images of `image_grids` (N, 2), noised to `timesteps` (N,)."""
+        image_index = patch_image_index(image_grids, latent_patches.shape[0])
+        hidden_states = self.proj(latent_patches) + self.time_embed(timesteps, latent_patches.dtype)[image_index]
+        if self.position_embed is not None:
+            hidden_states = hidden_states + self.position_embed.at(patch_coordinates(image_grids, image_index))
+        return hidden_states
 
 
 class LinearPatchDecoder(nn.Module):

@@ -1,0 +1,66 @@
+"""Trains a Transfusion model.
+
+    python scripts/train.py demo --output_dir runs/demo                      # the shipped emoji, 10 minutes
+    python scripts/train.py demo --output_dir runs/demo --max_minutes 30
+    python scripts/train.py demo --output_dir runs/mine --data my_pictures --max_steps 2000
+
+`demo` trains the preset `demo` from scratch, with the VAE and tokenizer that ship with the package, on captioned
+pictures and WordNet definitions. --data is a folder with pictures and a metadata.jsonl of lines such as
+{"file_name": "heart.png", "text": "a red heart"}. The model, the processor, sample sheets (samples/), loss curves
+(losses.png) and TensorBoard's files go to --output_dir.
+"""
+
+import argparse
+import dataclasses
+import logging
+import typing
+from pathlib import Path
+
+from rich.logging import RichHandler
+
+from transfusion.training.recipes import DEMO_MINUTES, DemoRecipe, train_demo
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; every setting of the recipe is an option."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipes = parser.add_subparsers(dest="recipe", required=True)
+    demo = recipes.add_parser(
+        "demo",
+        help="a small model from scratch",
+        description=DemoRecipe.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument("--output_dir", type=Path, required=True, help="folder for the model and all else")
+    demo.add_argument("--data", type=Path, help="folder with pictures and a metadata.jsonl; the shipped emoji without")
+    length = demo.add_mutually_exclusive_group()
+    length.add_argument("--max_minutes", type=float, help=f"minutes of training; {DEMO_MINUTES:g} without")
+    length.add_argument("--max_steps", type=int, help="steps of training, instead of minutes")
+    demo.add_argument("--sample_every", type=int, default=500, help="steps between two sample sheets; 500 without")
+    for field in dataclasses.fields(DemoRecipe):
+        add_setting(demo, field)
+    return parser.parse_args(argv)
+
+
+def add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """Adds the option of one field of a recipe."""
+    help_text = f"{field.default} without"
+    if field.type is bool:
+        parser.add_argument(
+            f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=help_text
+        )
+        return
+    kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)] or [field.type]
+    parser.add_argument(f"--{field.name}", type=kinds[0], default=field.default, help=help_text)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains what the command names."""
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(DemoRecipe)}
+    minutes = DEMO_MINUTES if args.max_minutes is None and args.max_steps is None else args.max_minutes
+    train_demo(args.output_dir, DemoRecipe(**settings), args.data, minutes, args.max_steps, args.sample_every)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    main(parse_args())

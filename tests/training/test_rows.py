@@ -1,0 +1,126 @@
+import collections
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.tiny_processor import tiny_processor
+from transfusion.data.pictures import CaptionedPicture
+from transfusion.latents import patchify
+from transfusion.training.rows import CaptionedPictureRows, stable_seed
+
+
+CAPTIONS = ("a red heart", "an emoji of a red heart")
+TEXTS = [f"word {number}: what it means" for number in range(7)]
+
+
+def pictures(count: int) -> list[CaptionedPicture]:
+    return [CaptionedPicture(f"{i}.png", "heart", CAPTIONS, "", "", "", b"") for i in range(count)]
+
+
+def latents(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 4, 6 if i % 2 else 4, generator=generator) for i in range(count)]
+
+
+def make_rows(count: int = 10, **options: Any) -> CaptionedPictureRows:
+    return CaptionedPictureRows(pictures(count), latents(count), tiny_processor(), TEXTS, **options)
+
+
+def as_plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+
+
+def test_seed_is_stable() -> None:
+    """The same number in every process and version, or trainings could not be repeated."""
+    assert stable_seed(0, 0, 0) == 2278555635313361279
+    assert len({stable_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}) == 512
+    assert stable_seed(1, 23, 4) != stable_seed(12, 3, 4)
+
+
+def test_rows_equal_what_the_processor_makes() -> None:
+    rows, processor = make_rows(10), tiny_processor()
+    for index, (given, latent) in enumerate(zip(pictures(10), latents(10), strict=True)):
+        row = rows[index]
+        candidates = []
+        for caption in given.captions:
+            for text in (f"{caption}<image>", f"<image>{caption}"):
+                candidates.append(processor(text=text, latents=latent, return_labels=True))
+        matches = [c for c in candidates if c["input_ids"][0] == row["input_ids"].tolist()]
+        assert len(matches) == 1 and matches[0]["labels"][0] == row["labels"].tolist()
+        assert torch.equal(row["latent_patches"], patchify(latent, 2))
+        assert row["image_grids"].tolist() == [[2, latent.shape[2] // 2]]
+        assert row["sample_id"] == given.id
+
+
+def test_choices_depend_on_epoch_index_and_seed_alone() -> None:
+    rows, again = make_rows(), make_rows()
+    backwards = [again[index] for index in reversed(range(10))][::-1]
+    assert [as_plain(rows[index]) for index in range(10)] == [as_plain(row) for row in backwards]
+    first = [rows[index]["sample_seed"] for index in range(10)]
+    rows.set_epoch(1)
+    second = [rows[index]["sample_seed"] for index in range(10)]
+    other = [make_rows(seed=1)[index]["sample_seed"] for index in range(10)]
+    assert len({*first, *second, *other}) == 30
+    rows.set_epoch(0)
+    assert [rows[index]["sample_seed"] for index in range(10)] == first
+
+
+def test_shares_of_orders_and_captions() -> None:
+    rows = make_rows(1)
+    counts: collections.Counter[str] = collections.Counter()
+    boi, num_epochs = rows.processor.boi_token_id, 4000
+    for epoch in range(num_epochs):
+        rows.set_epoch(epoch)
+        ids = rows[0]["input_ids"]
+        counts["picture first"] += int(ids[0] == boi)
+        counts["long"] += int(len(ids) > 18)
+    deviation = 5 * (0.25 / num_epochs) ** 0.5
+    assert abs(counts["picture first"] / num_epochs - 0.2) < deviation
+    lengths = {len(rows.processor.tokenizer(caption)["input_ids"]) for caption in CAPTIONS}
+    assert len(lengths) == 2 and abs(counts["long"] / num_epochs - 0.5) < deviation
+
+
+def test_texts_come_in_their_ratio_and_all_in_turn() -> None:
+    rows = make_rows(10, text_ratio=0.3)
+    seen: collections.Counter[str] = collections.Counter()
+    assert len(rows) == 13
+    for epoch in range(7):
+        rows.set_epoch(epoch)
+        for index in range(10, 13):
+            row = rows[index]
+            assert row.keys() == {"input_ids", "labels", "sample_id"}
+            assert rows.processor.tokenizer.decode(row["input_ids"]) == TEXTS[int(row["sample_id"][5:])] + "<eos>"
+            seen[row["sample_id"]] += 1
+    assert set(seen.values()) == {3} and len(seen) == 7
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": 1}]
+)
+def test_workers_see_the_epoch(options: dict[str, Any]) -> None:
+    rows = make_rows(6)
+    loader = DataLoader(rows, batch_size=2, collate_fn=lambda batch: batch, **options)
+    for epoch in (0, 1, 2):
+        rows.set_epoch(epoch)
+        loaded = [row["sample_seed"] for batch in loader for row in batch]
+        assert loaded == [rows[index]["sample_seed"] for index in range(6)]
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="2 pictures and 1 latents"):
+        CaptionedPictureRows(pictures(2), latents(1), tiny_processor())
+    with pytest.raises(ValueError, match="0 pictures"):
+        CaptionedPictureRows([], [], tiny_processor())
+    with pytest.raises(ValueError, match="text_ratio is 0.5 with 0 texts"):
+        CaptionedPictureRows(pictures(2), latents(2), tiny_processor(), text_ratio=0.5)
+    with pytest.raises(IndexError, match="10"):
+        make_rows(10)[10]
+
+
+def test_captions_with_control_tokens_are_text() -> None:
+    given = [CaptionedPicture("x.png", "x", ("a <image> of <boi>",), "", "", "", b"")]
+    rows = CaptionedPictureRows(given, [torch.zeros(3, 4, 4)], tiny_processor(), caption_first=1.0)
+    ids = rows[0]["input_ids"].tolist()
+    assert ids.count(rows.processor.image_token_id) == 4 and ids.count(rows.processor.boi_token_id) == 1

@@ -1,0 +1,312 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from tests.tiny import tiny_config, tiny_model
+from tests.training.tiny_rows import RowList, largest_difference, ragged_rows, training_row
+from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+from transfusion.training.collator import TransfusionDataCollator
+from transfusion.training.trainer import TransfusionTrainer, count_targets
+
+
+ROOT = Path(__file__).parents[2]
+LEARNING_RATE = 0.05
+PICKLES = {".bin", ".pt", ".pth", ".pkl"}
+
+
+def arguments(output_dir: Any, **options: Any) -> TrainingArguments:
+    """Arguments of a short, silent training on the CPU."""
+    defaults: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
+    return TrainingArguments(output_dir=str(output_dir), **{**defaults, "report_to": "none", **options})
+
+
+def sgd_trainer(
+    model: TransfusionForMultimodalGeneration,
+    rows: Dataset,
+    output_dir: Any,
+    ema_decay: float | None = None,
+    **options: Any,
+) -> TransfusionTrainer:
+    """Plain gradient descent over the rows in their order."""
+    defaults: dict[str, Any] = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
+    defaults |= {"max_grad_norm": 0.0, "learning_rate": LEARNING_RATE}
+    args = arguments(output_dir, **{**defaults, **options})
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
+    collator = TransfusionDataCollator(model.config, text_dropout=0.3)
+    optimizers = (optimizer, None)
+    return TransfusionTrainer(model, args, collator, train_dataset=rows, optimizers=optimizers, ema_decay=ema_decay)
+
+
+def one_step(objective: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """The weights after one step on all twelve rows, written out, and the losses of that step."""
+    model = tiny_model(objective=objective)
+    out = model(**TransfusionDataCollator(model.config, text_dropout=0.3)(ragged_rows()))
+    out.loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= LEARNING_RATE * parameter.grad
+    return model.state_dict(), out
+
+
+@pytest.mark.parametrize("division", [(12, 1), (4, 3), (1, 12)])
+def test_a_step_does_not_depend_on_its_division(division: tuple[int, int], objective: str, tmp_path: Path) -> None:
+    expected, out = one_step(objective)
+    model = tiny_model(objective=objective)
+    batch_size, accumulation = division
+    options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    trainer = sgd_trainer(model, RowList(ragged_rows()), tmp_path, max_steps=1, **options)
+    trainer.train()
+    assert largest_difference(model.state_dict(), expected) < 1e-12
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(out.loss.item(), abs=1e-5)
+    assert logged["text_loss"] == pytest.approx(out.text_loss.item(), abs=1e-5)
+    assert logged["image_loss"] == pytest.approx(out.image_loss.item(), abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Two epochs, one step each: 2 processes x 2 steps x 3 rows, and 1 x 1 x 12; evaluated with the average."""
+    model, rows = tiny_model(objective="flow"), RowList(ragged_rows())
+    alone = sgd_trainer(model, rows, tmp_path, ema_decay=0.9, per_device_train_batch_size=12, num_train_epochs=2)
+    alone.train()
+    evaluated = alone.evaluate(rows)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "tests/training/two_processes.py"), str(tmp_path), "3", "2"]
+    finished = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert largest_difference(load_file(tmp_path / "weights.safetensors"), model.state_dict()) < 1e-12
+    for together, single in zip(results["log"][:2], alone.state.log_history[:2], strict=True):
+        for name in ("loss", "text_loss", "image_loss"):
+            assert together[name] == pytest.approx(single[name], abs=1e-5), name
+    assert results["epochs"] == [0, 1]
+    assert "dispatch_batches" in results["refusal"]
+    assert results["evaluated"]["eval_loss"] == pytest.approx(evaluated["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("row", [training_row(5, 6, 2), training_row((2, 2))], ids=["text", "image"])
+def test_every_parameter_has_a_gradient(row: dict[str, Any]) -> None:
+    """Of whatever batch, so that data parallelism need not look for parameters without one."""
+    model = tiny_model(objective="flow", qk_norm=True)
+    model(**TransfusionDataCollator(model.config)([row])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_plain_trainer_averages_micro_batches(objective: str, tmp_path: Path) -> None:
+    """Without this package's trainer a step is the mean over its micro-batches' losses."""
+    collator = TransfusionDataCollator(tiny_config(objective=objective), text_dropout=0.3)
+    expected = tiny_model(objective=objective)
+    rows = ragged_rows()
+    losses = [expected(**collator(rows[start : start + 4])).loss for start in (0, 4, 8)]
+    (sum(losses) / 3).backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= LEARNING_RATE * parameter.grad
+    model = tiny_model(objective=objective)
+    args = arguments(
+        tmp_path,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        remove_unused_columns=False,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    trainer = Trainer(model, args, collator, train_dataset=RowList(rows), optimizers=(optimizer, None))
+    trainer.train()
+    assert largest_difference(model.state_dict(), expected.state_dict()) < 1e-12
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((sum(losses) / 3).item(), abs=1e-5)
+
+
+def test_logged_losses_are_means_over_all_that_was_learned(tmp_path: Path) -> None:
+    """Over three steps of unlike numbers of tokens and patches, with weights that stand still."""
+    model, rows = tiny_model(), ragged_rows()
+    options = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "logging_steps": 3}
+    trainer = sgd_trainer(model, RowList(rows), tmp_path, max_steps=3, **options)
+    trainer.train()
+    out = model.eval()(**TransfusionDataCollator(model.config, text_dropout=0.3)(rows))
+    logged = trainer.state.log_history[0]
+    assert logged["text_loss"] == pytest.approx(out.text_loss.item(), abs=1e-5)
+    assert logged["image_loss"] == pytest.approx(out.image_loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [5, 12])
+def test_evaluation_is_a_mean_over_all_that_is_learned(batch_size: int, tmp_path: Path) -> None:
+    model, rows = tiny_model(), ragged_rows()
+    args = arguments(tmp_path, per_device_eval_batch_size=batch_size)
+    metrics = TransfusionTrainer(model, args, TransfusionDataCollator(model.config, 0.3)).evaluate(RowList(rows))
+    out = model(**TransfusionDataCollator(model.config, 0.3)(rows))
+    for name in ("loss", "text_loss", "image_loss"):
+        assert metrics[f"eval_{name}"] == pytest.approx(out[name].item(), abs=1e-5)
+
+
+def test_predictions_have_logits(tmp_path: Path) -> None:
+    rows = [training_row(5, 6, (1, 2), 2, seed=seed) for seed in range(4)]
+    predicted = TransfusionTrainer(tiny_model(), arguments(tmp_path)).predict(RowList(rows))
+    assert predicted.predictions.shape == (4, 7, 100)
+
+
+def test_count_of_targets() -> None:
+    # a b <boi> p p p p <eoi> <eos>: b, <boi> and <eos> are learned, and 4 patches.
+    row = training_row(5, 6, (2, 2), 2)
+    assert count_targets(TransfusionDataCollator(tiny_config(), 0.0)([row]), tiny_config()).tolist() == [3, 4]
+    context = {**training_row(5, (1, 1), 6, (2, 3), 2), "image_loss_mask": torch.tensor([True, False])}
+    # a <boi> p <eoi> b <boi> p p p p p p <eoi> <eos>: all but a, and the patch of the first image alone.
+    assert count_targets(TransfusionDataCollator(tiny_config(), 0.0)([context]), tiny_config()).tolist() == [4, 1]
+
+
+def test_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
+    rows = [training_row(5, (1, 2), 2, seed=seed) for seed in range(6)]
+    rows[3]["latent_patches"] = torch.full((2, 12), 1e30)  # finite, but not its square
+    model = tiny_model(objective="flow").float()
+    trainer = sgd_trainer(model, RowList(rows), tmp_path, per_device_train_batch_size=2, num_train_epochs=1)
+    with pytest.raises(ValueError, match=r"not finite at step 2: .*\['sample-2', 'sample-3'\]"):
+        trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_loss_that_is_not_finite_stops_the_evaluation(tmp_path: Path) -> None:
+    rows = [training_row(5, (1, 2), 2, seed=9, latent_patches=torch.full((2, 12), 1e30))]
+    with pytest.raises(ValueError, match="sample-9"):
+        TransfusionTrainer(tiny_model(objective="flow").float(), arguments(tmp_path)).evaluate(RowList(rows))
+
+
+class NoisyRows(RowList):
+    """Rows whose seed depends on the epoch; notes what was asked for."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        super().__init__(rows)
+        self.epoch = -1
+        self.asked: list[tuple[int, int]] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.asked.append((self.epoch, index))
+        return {**self.rows[index], "sample_seed": 100 * self.epoch + index}
+
+
+def test_dataset_is_told_the_epoch(tmp_path: Path) -> None:
+    rows = NoisyRows(ragged_rows())
+    sgd_trainer(tiny_model(), rows, tmp_path, per_device_train_batch_size=6, num_train_epochs=3).train()
+    assert sorted(rows.asked) == [(epoch, index) for epoch in range(3) for index in range(12)]
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_seeds_and_names_reach_the_collator(remove_unused_columns: bool, tmp_path: Path) -> None:
+    rows = [{**row, "caption": "not for the model"} for row in ragged_rows()]
+    options = {"per_device_train_batch_size": 12, "remove_unused_columns": remove_unused_columns}
+    trainer = sgd_trainer(tiny_model(), RowList(rows), tmp_path, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch.pop("sample_ids") == [row["sample_id"] for row in rows]
+    expected = TransfusionDataCollator(tiny_config(), 0.3)(rows)
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
+def test_half_precision_training(tmp_path: Path) -> None:
+    model = tiny_model(objective="flow").float()
+    args = arguments(tmp_path, bf16=True, max_steps=30, learning_rate=3e-3, logging_steps=10, seed=0)
+    trainer = TransfusionTrainer(model, args, train_dataset=RowList(ragged_rows()), ema_decay=0.9)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_weight_decay_spares_norms(tmp_path: Path) -> None:
+    model = tiny_model(qk_norm=True)
+    decayed = set(Trainer(model, arguments(tmp_path)).get_decay_parameter_names(model))
+    for name, parameter in model.named_parameters():
+        assert (name in decayed) == (parameter.ndim > 1), name
+
+
+def test_final_model_has_averaged_weights_and_no_pickle(tmp_path: Path) -> None:
+    model = tiny_model().float()
+    args = arguments(tmp_path, max_steps=5, learning_rate=1e-2)
+    trainer = TransfusionTrainer(model, args, train_dataset=RowList(ragged_rows()), ema_decay=0.9)
+    trainer.train()
+    trainer.save_model()
+    loaded = TransfusionForMultimodalGeneration.from_pretrained(tmp_path)
+    with trainer.averaged_weights():
+        average = {name: value.clone() for name, value in model.state_dict().items()}
+    assert largest_difference(loaded.state_dict(), average) == 0
+    assert largest_difference(average, model.state_dict()) > 1e-4
+    assert loaded.config.use_cache is True
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in PICKLES]
+    assert json.loads((tmp_path / "training_args.json").read_text())["learning_rate"] == 1e-2
+
+
+def test_evaluation_uses_averaged_weights(tmp_path: Path) -> None:
+    model, rows = tiny_model().float(), RowList(ragged_rows())
+    args = arguments(tmp_path, max_steps=5, learning_rate=1e-2, per_device_eval_batch_size=12)
+    trainer = TransfusionTrainer(model, args, train_dataset=rows, ema_decay=0.9)
+    trainer.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluated = trainer.evaluate(rows)["eval_loss"]
+    assert largest_difference(model.state_dict(), before) == 0
+    with trainer.averaged_weights():
+        expected = model(**TransfusionDataCollator(model.config)(rows.rows)).loss.item()
+    assert evaluated == pytest.approx(expected, rel=1e-5)
+
+
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Weights and average, bit for bit, from the middle of an epoch."""
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-4"), True):
+        model = tiny_model().float()
+        options = {"save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 4, "max_steps": 8}
+        args = arguments(tmp_path, learning_rate=1e-2, **options)
+        trainer = TransfusionTrainer(model, args, train_dataset=NoisyRows(ragged_rows()), ema_decay=0.9)
+        if resume is True:
+            (tmp_path / "checkpoint-8").rename(tmp_path / "last-8")
+        trainer.train(resume_from_checkpoint=resume)
+        with trainer.averaged_weights():
+            average = {name: value.clone() for name, value in model.state_dict().items()}
+        results.append((model.state_dict(), average))
+    for weights, average in results[1:]:
+        assert largest_difference(weights, results[0][0]) == 0
+        assert largest_difference(average, results[0][1]) == 0
+
+
+def test_resume_without_the_average_is_refused(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    rows = RowList(ragged_rows())
+    TransfusionTrainer(tiny_model().float(), arguments(tmp_path, **options), train_dataset=rows).train()
+    again = TransfusionTrainer(
+        tiny_model().float(), arguments(tmp_path, **options | {"max_steps": 4}), train_dataset=rows, ema_decay=0.9
+    )
+    with pytest.raises(ValueError, match="has no folder ema"):
+        again.train(resume_from_checkpoint=True)
+
+
+BEST = {"save_strategy": "steps", "eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_minutes": 1.0, "args": {"max_steps": 3}}, "max_steps=3"),
+        ({"max_minutes": 1.0, "args": {"warmup_steps": 50}}, "warmup_steps=50"),
+        ({"max_minutes": 0.0}, "max_minutes is 0.0"),
+        ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
+        ({"args": {"hub_token": "secret"}}, "hub_token"),
+        ({"ema_decay": 0.9, "args": {"load_best_model_at_end": True, **BEST}}, "load_best_model_at_end"),
+    ],
+)
+def test_settings_that_do_not_go_together(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path, **options.pop("args", {}))
+    with pytest.raises(ValueError, match=reason):
+        TransfusionTrainer(tiny_model(), args, eval_dataset=RowList([]), **options)

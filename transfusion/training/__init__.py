@@ -1,0 +1,17 @@
+"""Training: rows and batches, the trainer, averaged weights, sample sheets, and recipes."""
+
+from .collator import TransfusionDataCollator
+from .latent_cache import encode_pictures
+from .reporting import SampleGridCallback, plot_losses
+from .rows import CaptionedPictureRows
+from .trainer import TransfusionTrainer
+
+
+__all__ = [
+    "CaptionedPictureRows",
+    "SampleGridCallback",
+    "TransfusionDataCollator",
+    "TransfusionTrainer",
+    "encode_pictures",
+    "plot_losses",
+]

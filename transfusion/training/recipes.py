@@ -1,0 +1,211 @@
+"""Recipes: whole trainings with settings that are known to work."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments, set_seed
+
+from ..configuration import TransfusionConfig
+from ..data import load_emoji, load_glosses, load_tokenizer, load_vae, read_image_folder
+from ..data.pictures import CaptionedPicture
+from ..image_processing import TransfusionImageProcessor
+from ..modeling_transfusion import TransfusionForMultimodalGeneration
+from ..processing import TransfusionProcessor
+from .collator import TransfusionDataCollator
+from .latent_cache import encode_pictures
+from .reporting import SampleGridCallback, plot_losses
+from .rows import CaptionedPictureRows
+from .trainer import TransfusionTrainer
+
+
+logger = logging.getLogger(__name__)
+
+DEMO_MINUTES = 10.0
+DEMO_PROMPTS = (
+    "a red heart",
+    "a pizza",
+    "a soccer ball",
+    "a green apple",
+    "a crescent moon",
+    "the flag of Japan",
+    "a face with tears of joy",
+    "a sunflower",
+)
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """Settings of the demo: the preset `demo` from scratch, on the shipped emoji and definitions.
+
+    Attributes:
+        image_size: Side of the pictures in pixels.
+        batch_size: Rows per step.
+        learning_rate, weight_decay, adam_beta2, max_grad_norm: Of AdamW.
+        warmup: Share of the training in which the learning rate rises; then it falls along a cosine.
+        ema_decay: Of the averaged weights.
+        text_ratio: Definitions per picture in an epoch.
+        caption_first: Share of the pictures that come after their caption.
+        text_dropout: Share of the captions that are hidden, for guidance.
+        bf16: Compute in bfloat16.
+        num_inference_steps, guidance_scale: Of the sample sheets; by default those of the model.
+        seed: Of everything.
+    """
+
+    image_size: int = 64
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    warmup: float = 0.03
+    ema_decay: float = 0.999
+    text_ratio: float = 0.25
+    caption_first: float = 0.8
+    text_dropout: float = 0.1
+    bf16: bool = False
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+
+def demo_processor(image_size: int = 64) -> TransfusionProcessor:
+    """The processor of the demo: the tokenizer and the VAE that ship with the package."""
+    return TransfusionProcessor(TransfusionImageProcessor(size=image_size, patch_size=2), load_tokenizer(), load_vae())
+
+
+def demo_config(processor: TransfusionProcessor) -> TransfusionConfig:
+    """The preset `demo` with the ids, latents and picture size of `processor`."""
+    side = processor.image_processor.size["height"] // processor.image_processor.block
+    config = TransfusionConfig.from_preset(
+        "demo",
+        vocab_size=len(processor.tokenizer),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        boi_token_id=processor.boi_token_id,
+        eoi_token_id=processor.eoi_token_id,
+        image_token_id=processor.image_token_id,
+        latent_channels=processor.latent_channels,
+        patch_size=processor.image_processor.patch_size,
+        default_image_grid=(side, side),
+    )
+    processor.check_model(config)
+    return config
+
+
+def demo_rows(
+    recipe: DemoRecipe,
+    processor: TransfusionProcessor,
+    pictures: list[CaptionedPicture],
+    texts: list[str],
+    cache_dir: str | Path | None = None,
+) -> CaptionedPictureRows:
+    """Encode `pictures` and mix them with `texts`."""
+    encoded = encode_pictures(pictures, processor, cache_dir)
+    return CaptionedPictureRows(
+        encoded.pictures,
+        encoded.latents,
+        processor,
+        texts,
+        text_ratio=recipe.text_ratio,
+        caption_first=recipe.caption_first,
+        seed=recipe.seed,
+    )
+
+
+def demo_arguments(recipe: DemoRecipe, output_dir: str | Path, max_steps: int | None) -> TrainingArguments:
+    """Trainer's arguments for `recipe`."""
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=-1 if max_steps is None else max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=50,
+        report_to=["tensorboard"],
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def train_demo(
+    output_dir: str | Path,
+    recipe: DemoRecipe | None = None,
+    data: str | Path | None = None,
+    max_minutes: float | None = DEMO_MINUTES,
+    max_steps: int | None = None,
+    sample_every: int = 500,
+) -> TransfusionTrainer:
+    """Train the preset `demo` from scratch and save model, processor, loss curves and sample sheets.
+
+    Args:
+        output_dir: Where everything goes: safetensors, JSON, PNG, and TensorBoard's files.
+        recipe: Settings.
+        data: An imagefolder with metadata.jsonl in place of the shipped emoji.
+        max_minutes: Time for the training; the learning rate follows the clock.
+        max_steps: In place of `max_minutes`.
+        sample_every: Steps between two sample sheets.
+
+    Returns:
+        The trainer, whose `model` has the last weights and whose `state.log_history` has the losses.
+
+    Raises:
+        ValueError: Both or neither of `max_minutes` and `max_steps`, or data that cannot be used.
+    """
+    if (max_minutes is None) == (max_steps is None):
+        raise ValueError(f"max_minutes is {max_minutes} and max_steps {max_steps}; give one of them.")
+    recipe = recipe or DemoRecipe()
+    set_seed(recipe.seed)
+    processor = demo_processor(recipe.image_size)
+    cache = Path(output_dir, "latents")
+    pictures = load_emoji("train") if data is None else read_image_folder(data)[0]
+    train_rows = demo_rows(recipe, processor, pictures, load_glosses("train"), cache)
+    held_out = None
+    if data is None:
+        held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
+    model = TransfusionForMultimodalGeneration(demo_config(processor))
+    trainer = TransfusionTrainer(
+        model,
+        demo_arguments(recipe, output_dir, max_steps),
+        TransfusionDataCollator(model.config, text_dropout=recipe.text_dropout),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        processing_class=processor,
+        ema_decay=recipe.ema_decay,
+        max_minutes=max_minutes,
+    )
+    options = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
+    prompts = DEMO_PROMPTS if data is None else [picture.captions[0] for picture in pictures[:8]]
+    trainer.add_callback(
+        SampleGridCallback(processor, prompts, sample_every, trainer.averaged_weights, recipe.seed, **options)
+    )
+    logger.info("%d rows an epoch, %d parameters", len(train_rows), model.num_parameters())
+    trainer.train()
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    plot_losses(trainer.state.log_history, Path(output_dir, "losses.png"))
+    return trainer
+
+
+__all__ = [
+    "DEMO_MINUTES",
+    "DEMO_PROMPTS",
+    "DemoRecipe",
+    "demo_arguments",
+    "demo_config",
+    "demo_processor",
+    "demo_rows",
+    "train_demo",
+]

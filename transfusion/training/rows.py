@@ -1,0 +1,125 @@
+"""`CaptionedPictureRows`: captioned pictures with cached latents, and texts, as rows for the collator."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data.pictures import CaptionedPicture
+from ..latents import patchify
+from ..processing import TransfusionProcessor
+
+
+_SEED_BITS = 63
+
+
+def stable_seed(*parts: int) -> int:
+    """A seed of 63 bits from integers, the same in every process, on every machine."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class CaptionedPictureRows(Dataset):
+    """Rows for `TransfusionDataCollator`: every picture once an epoch, and a share of the texts.
+
+    For each picture a caption is chosen among its phrasings, and whether it comes before the picture or after it
+    (paper, section 4.1: before in 80 % of the pairs). What is chosen depends on `seed`, epoch and index alone.
+
+    Args:
+        pictures: Only their names and captions are used.
+        latents: (C, h, w) of each, as `encode_pictures` makes them.
+        processor: Makes token ids and labels. The ids of a caption are kept once made.
+        texts: Documents without a picture.
+        text_ratio: Texts per picture in an epoch. Epochs go on where the last one stopped, through all texts in a
+            random order, and then again.
+        caption_first: Probability that the caption comes first.
+        seed: Of all choices.
+
+    Raises:
+        ValueError: Pictures and latents of different number, none at all, or a ratio without texts.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[CaptionedPicture],
+        latents: Sequence[Tensor],
+        processor: TransfusionProcessor,
+        texts: Sequence[str] = (),
+        text_ratio: float = 0.0,
+        caption_first: float = 0.8,
+        seed: int = 0,
+    ) -> None:
+        if len(pictures) != len(latents) or not pictures:
+            raise ValueError(
+                f"There are {len(pictures)} pictures and {len(latents)} latents; give as many of both, at least one."
+            )
+        if text_ratio < 0 or (text_ratio > 0 and not texts):
+            raise ValueError(f"text_ratio is {text_ratio} with {len(texts)} texts; give texts, or a ratio of 0.")
+        patch_size = processor.image_processor.patch_size
+        self.pictures = list(pictures)
+        self.patches = [patchify(latent, patch_size).contiguous() for latent in latents]
+        self.shapes = [tuple(latent.shape) for latent in latents]
+        self.grids = [torch.tensor([shape[1:]]) // patch_size for shape in self.shapes]
+        self.processor = processor
+        self.texts = list(texts)
+        self.text_order = random.Random(seed).sample(range(len(self.texts)), len(self.texts))
+        self.num_texts = round(text_ratio * len(self.pictures))
+        self.caption_first = caption_first
+        self.seed = seed
+        # In shared memory, so that workers which live on from epoch to epoch see it change.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self._encoded: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the choices of `epoch` from now on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.pictures) + self.num_texts
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index is {index}; there are {len(self)} rows.")
+        chooser = random.Random(stable_seed(self.seed, int(self._epoch), index))
+        if index < len(self.pictures):
+            return self._picture_row(index, chooser)
+        return self._text_row(index - len(self.pictures))
+
+    def _picture_row(self, index: int, chooser: random.Random) -> dict[str, Any]:
+        picture = self.pictures[index]
+        caption = chooser.choice(picture.captions)
+        is_caption_first = chooser.random() < self.caption_first
+        input_ids, labels = self._encode(caption, is_caption_first, self.shapes[index])
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "latent_patches": self.patches[index],
+            "image_grids": self.grids[index],
+            "sample_seed": chooser.getrandbits(_SEED_BITS),
+            "sample_id": picture.id,
+        }
+
+    def _text_row(self, number: int) -> dict[str, Any]:
+        position = int(self._epoch) * self.num_texts + number
+        chosen = self.text_order[position % len(self.texts)]
+        input_ids, labels = self._encode(self.texts[chosen], False, None)
+        return {"input_ids": input_ids, "labels": labels, "sample_id": f"text {chosen}"}
+
+    def _encode(self, text: str, is_text_first: bool, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+        """Ids and labels (L_i,) of a text, before or after a picture whose latent has this shape, or alone."""
+        key = (text, is_text_first, shape)
+        if key not in self._encoded:
+            parts: list[dict[str, str]] = [{"type": "text", "text": text}]
+            if shape is not None:
+                parts.insert(int(is_text_first), {"type": "image"})
+            latents = None if shape is None else [torch.zeros(shape)]
+            out = self.processor(text=parts, latents=latents, return_labels=True, return_tensors="pt")
+            self._encoded[key] = (out["input_ids"][0], out["labels"][0])
+        return self._encoded[key]
+
+
+__all__ = ["CaptionedPictureRows", "stable_seed"]

@@ -1,0 +1,299 @@
+"""`TransfusionTrainer`: transformers' Trainer with two losses that stay means, averaged weights, and a time budget."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+from ..inputs import learned_labels
+from ..latents import image_block_ids, patch_image_index
+from .averaging import EmaCallback
+from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
+from .collator import IGNORE_INDEX, TransfusionDataCollator
+
+
+def count_targets(batch: dict[str, Any], config: Any) -> Tensor:
+    """(2,) float: how many text tokens, and how many patches, have a loss in `batch`."""
+    targets = learned_labels(batch["input_ids"], batch["labels"], config)
+    num_tokens = (targets != IGNORE_INDEX).sum()
+    num_patches = torch.zeros_like(num_tokens)
+    if (latent_patches := batch.get("latent_patches")) is not None:
+        image_index = patch_image_index(batch["image_grids"], len(latent_patches))
+        loss_mask = batch.get("image_loss_mask")
+        num_patches += len(latent_patches) if loss_mask is None else loss_mask[image_index].sum()
+    return torch.stack([num_tokens, num_patches]).float()
+
+
+class LossSums:
+    """Sums of both losses and of what they are means over, for means over many batches."""
+
+    def __init__(self) -> None:
+        self.entries: list[Tensor] = []
+
+    def add(self, losses: Tensor, divisors: Tensor, counts: Tensor) -> None:
+        """Add the text and the image loss (2,) of a batch, which are sums over `counts` (2,) divided by `divisors`."""
+        self.entries.append(torch.cat([losses.detach() * divisors, counts]))
+
+    def pop_means(self, trainer: Trainer) -> Tensor:
+        """(2,) means over all processes since the last call; 0 where nothing was learned."""
+        if not self.entries:
+            return torch.zeros(2)
+        total = torch.stack(self.entries).sum(dim=0)
+        self.entries.clear()
+        total = trainer.accelerator.reduce(total, "sum").cpu()
+        return total[:2] / total[2:].clamp(min=1)
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the dataset the epoch; accelerate does so only where there is one process."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call `set_epoch` of a dataset that has one."""
+        dataset = kwargs["train_dataloader"].dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch))
+
+
+class TransfusionTrainer(Trainer):
+    """Trains a Transfusion model.
+
+    Beyond transformers' Trainer:
+
+    * Both losses are means over all tokens, and all patches, of an optimizer step, however it is divided into
+      accumulation steps and processes. They are logged apart, as `text_loss` and `image_loss`.
+    * A loss that is not finite stops the training and names the samples.
+    * With `ema_decay`, an average of the weights is kept. Evaluation, `averaged_weights` and the final `save_model`
+      use it; checkpoints hold both.
+    * With `max_minutes`, the learning rate follows the clock and training ends in time.
+    * Datasets with `set_epoch` are told the epoch, in every process.
+    * A saved model has `training_args.json` in place of the pickle `training_args.bin`. Beside the model, checkpoints
+      still hold the optimizer, the scheduler and the random states as Trainer writes them, with `torch.save`.
+
+    Args:
+        model: A `TransfusionForMultimodalGeneration`.
+        args: As for Trainer.
+        data_collator: By default `TransfusionDataCollator(model.config)`.
+        ema_decay: For example 0.999.
+        max_minutes: In place of `max_steps` or `num_train_epochs`.
+        kwargs: As for Trainer.
+
+    Raises:
+        ValueError: Settings that would train something wrong.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        *,
+        ema_decay: float | None = None,
+        max_minutes: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        use_cache = model.config.use_cache
+        if data_collator is None:
+            data_collator = TransfusionDataCollator(model.config)
+        if isinstance(data_collator, TransfusionDataCollator):
+            data_collator = dataclasses.replace(data_collator, with_sample_ids=True)
+        super().__init__(model, args, data_collator, **kwargs)
+        self._use_cache = use_cache
+        self._train_sums, self._eval_sums = LossSums(), LossSums()
+        self._ema = None if ema_decay is None else EmaCallback(ema_decay)
+        self._budget = None if max_minutes is None else TimeBudget(max_minutes)
+        self._check_settings()
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False  # every batch uses every parameter
+        self.add_callback(EpochCallback())
+        if self._ema is not None:
+            self.add_callback(self._ema)
+        if self._budget is not None:
+            self.add_callback(self._budget)
+            if self.pop_callback(ProgressCallback) is not None:
+                self.add_callback(BudgetProgressCallback(self._budget))
+
+    def _check_settings(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs and would cut batches where an image is in two; start one "
+                f"process for each, `torchrun --nproc_per_node {self.args.n_gpu} ...`, or set CUDA_VISIBLE_DEVICES."
+            )
+        dispatches = self.args.accelerator_config.dispatch_batches
+        if dispatches is None:
+            dispatches = isinstance(self.train_dataset, IterableDataset)
+        if dispatches and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "Batches would be dispatched from one process and cut where an image is in two; set "
+                'accelerator_config={"dispatch_batches": False}.'
+            )
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError(
+                "The model computes its losses itself; leave label_smoothing_factor and compute_loss_func out."
+            )
+        if self.args.hub_token is not None:
+            raise ValueError(
+                "hub_token would be uploaded in training_args.bin; use `hf auth login` or the variable HF_TOKEN."
+            )
+        if self._ema is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("ema_decay needs whole weights in every process; set it to None with FSDP or DeepSpeed.")
+        if self._ema is not None and self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end would leave the average of the last step; leave out one of them.")
+        if self._budget is not None and (self.args.max_steps > 0 or self.args.warmup_steps >= 1):
+            raise ValueError(
+                f"With max_minutes, max_steps={self.args.max_steps} must be left out, and warmup_steps="
+                f"{self.args.warmup_steps} must be a share of the time, below 1."
+            )
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within `with trainer.averaged_weights():` the model has its averaged weights, where there are any."""
+        if self._ema is None or self._ema.average is None:
+            return nullcontext()
+        return self._ema.average.swapped_into(self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint (a folder, or True for the last one), as Trainer does."""
+        if self._ema is not None:
+            checkpoint = resume_from_checkpoint or None
+            self._ema.checkpoint = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    # -- losses
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
+        """Take the batches of one optimizer step, and tell each over how much both losses are means."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            counts = torch.stack([count_targets(batch, self.model.config) for batch in batches]).sum(dim=0)
+            counts = self.accelerator.reduce(counts.to(device), "sum").clamp(min=1)
+            for batch in batches:
+                batch["num_items_in_batch"], batch["num_image_items_in_batch"] = counts
+        return batches, num_items_in_batch
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a batch; in training, such that Trainer's mean over batches and processes is the step's loss."""
+        inputs = dict(inputs)
+        sample_ids = inputs.pop("sample_ids", None)
+        is_step = "num_items_in_batch" in inputs
+        if is_step:
+            inputs["skip_logits"] = True
+        outputs = model(**inputs)
+        self._require_finite(outputs, sample_ids)
+        counts = count_targets(inputs, self.model.config)
+        losses = torch.stack([outputs["text_loss"], outputs["image_loss"]]).float()
+        loss = outputs["loss"]
+        if is_step:
+            divisors = torch.stack([inputs["num_items_in_batch"], inputs["num_image_items_in_batch"]])
+            self._train_sums.add(losses, divisors, counts)
+            # What Trainer divides by, and what data parallelism does.
+            loss = loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        else:
+            self._eval_sums.add(losses, counts, counts)
+        return (loss, outputs) if return_outputs else loss
+
+    def _require_finite(self, outputs: Any, sample_ids: list[str] | None) -> None:
+        if not torch.isfinite(outputs["loss"]):
+            raise ValueError(
+                f"The loss is not finite at step {self.state.global_step + 1}: text {outputs['text_loss'].item()}, "
+                f"image {outputs['image_loss'].item()}, samples {sample_ids}. The weights are those of the step "
+                "before. Look at these samples; if they are sound, lower learning_rate or max_grad_norm."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with both losses where Trainer logs their sum."""
+        if "loss" in logs:
+            text_loss, image_loss = self._train_sums.pop_means(self).tolist()
+            logs |= {"text_loss": text_loss, "image_loss": image_loss}
+        super().log(logs, start_time)
+
+    # -- evaluation
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Evaluate a batch, without logits where nobody asks for them."""
+        inputs = {**self._without_repeated_rows(inputs), "skip_logits": prediction_loss_only}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Take the losses off the rows by which accelerate fills the last batch of several processes."""
+        accelerator, state = self.accelerator, self.accelerator.gradient_state
+        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return inputs
+        num_rows = len(inputs["input_ids"])
+        kept = min(max(state.remainder - accelerator.process_index * num_rows, 0), num_rows)
+        inputs = {**inputs, "labels": inputs["labels"].clone()}
+        inputs["labels"][kept:] = IGNORE_INDEX
+        if "latent_patches" in inputs:
+            blocks = image_block_ids(inputs["input_ids"][:kept], self.model.config.image_token_id)
+            num_images = (blocks.amax(dim=1) + 1).sum()
+            is_kept = torch.arange(len(inputs["image_grids"]), device=num_images.device) < num_images
+            inputs["image_loss_mask"] = inputs.get("image_loss_mask", is_kept) & is_kept
+        return inputs
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate with averaged weights; losses are means over all tokens and patches, not over batches."""
+        with self.averaged_weights():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if output.metrics.get(f"{metric_key_prefix}_loss") is not None:
+            text_loss, image_loss = self._eval_sums.pop_means(self).tolist()
+            loss = text_loss + self.model.config.image_loss_weight * image_loss
+            means = {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    # -- time budget
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:
+        """As Trainer counts them, but without an end where the clock sets it."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self._budget is None:
+            return values
+        _, steps_per_epoch, num_examples, _, batch_size, steps_in_epoch, _ = values
+        endless = sys.maxsize
+        return endless, steps_per_epoch, num_examples, endless * batch_size, batch_size, steps_in_epoch, endless
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The scheduler of the arguments, over the steps of the training or over its time."""
+        return super().create_scheduler(num_training_steps if self._budget is None else RESOLUTION, optimizer)
+
+    # -- saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and processor; with the averaged weights, unless it is a checkpoint."""
+        is_checkpoint = _internal_call and output_dir not in (None, self.args.output_dir)
+        with nullcontext() if is_checkpoint else self.averaged_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        config.use_cache, use_cache = self._use_cache, config.use_cache  # Trainer turned it off, for training
+        super()._save(output_dir, state_dict)
+        config.use_cache = use_cache
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink()
+            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for name in ("sample_seed", "sample_id"):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+
+__all__ = ["EpochCallback", "LossSums", "TransfusionTrainer", "count_targets"]
