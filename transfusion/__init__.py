@@ -38,7 +38,6 @@ _LAZY = {
     "TransfusionPipeline": "pipeline",
     "TransfusionDataCollator": "training",
     "TransfusionTrainer": "training",
-    "TransfusionTrainingArguments": "training",
 }
 
 __all__ = [
@@ -51,7 +50,6 @@ __all__ = [
     "TransfusionPipeline",
     "TransfusionProcessor",
     "TransfusionTrainer",
-    "TransfusionTrainingArguments",
 ]
 
 

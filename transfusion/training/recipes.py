@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments, set_seed
 
 from ..configuration import TransfusionConfig
@@ -128,6 +129,7 @@ def demo_arguments(recipe: DemoRecipe, output_dir: str | Path, max_steps: int | 
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused
         seed=recipe.seed,
         data_seed=recipe.seed,
         logging_steps=50,
