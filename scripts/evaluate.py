@@ -3,14 +3,16 @@
     python scripts/evaluate.py runs/demo
     python scripts/evaluate.py runs/demo --out report --num_pictures 200 --guidance_scale 2
 
-Writes evaluation.json (scores), samples.png (drawings beside the nearest and the true picture) and captions.md into the
-model's folder, or into --out.
+Writes evaluation.json (scores), samples.png (drawings beside the nearest and the true picture) and captions.md into
+the model's folder, or into --out.
 """
 
 import argparse
 import dataclasses
 import json
 from pathlib import Path
+
+import torch
 
 from transfusion import TransfusionPipeline
 from transfusion.evaluation import EvaluationSettings, evaluate_demo
@@ -34,7 +36,9 @@ def main(args: argparse.Namespace) -> None:
     settings = EvaluationSettings(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluationSettings)}
     )
-    scores = evaluate_demo(TransfusionPipeline.from_pretrained(args.model), args.out or args.model, settings)
+    pipeline = TransfusionPipeline.from_pretrained(args.model)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    scores = evaluate_demo(pipeline, args.out or args.model, settings)
     print(json.dumps(scores, indent=2))
 
 

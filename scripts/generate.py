@@ -63,6 +63,7 @@ def write(pipeline: TransfusionPipeline, args: argparse.Namespace) -> None:
     """Prints each prompt with what the model adds."""
     processor = pipeline.processor
     inputs = processor(text=[[{"type": "text", "text": prompt}] for prompt in args.prompts], return_tensors="pt")
+    inputs = inputs.to(pipeline.model.device)
     ids = pipeline.model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=args.sample)
     print("\n".join(processor.batch_decode(ids, skip_special_tokens=True)))
 
@@ -71,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
     """Runs the verb of the command line."""
     torch.manual_seed(args.seed)
     pipeline = TransfusionPipeline.from_pretrained(args.model)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     if args.verb == "draw":
         draw(pipeline, args)
     elif args.verb == "caption":

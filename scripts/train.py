@@ -7,17 +7,21 @@
 `demo` trains the preset `demo` from scratch, with the VAE and tokenizer that ship with the package, on captioned
 pictures and WordNet definitions. --data is a folder with pictures and a metadata.jsonl of lines such as
 {"file_name": "heart.png", "text": "a red heart"}. The model, the processor, sample sheets (samples/), loss curves
-(losses.png) and TensorBoard's files go to --output_dir.
+(losses.png) and TensorBoard's files go to --output_dir. With the shipped emoji a report follows: samples.png,
+captions.md and evaluation.json.
 """
 
 import argparse
 import dataclasses
+import json
 import logging
 import typing
 from pathlib import Path
 
 from rich.logging import RichHandler
 
+from transfusion import TransfusionPipeline
+from transfusion.evaluation import EvaluationSettings, evaluate_demo
 from transfusion.training.recipes import DEMO_MINUTES, DemoRecipe, train_demo
 
 
@@ -45,12 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     """Adds the option of one field of a recipe."""
     help_text = f"{field.default} without"
-    if field.type is bool:
+    kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)] or [field.type]
+    if kinds == [bool]:
         parser.add_argument(
             f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=help_text
         )
         return
-    kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)] or [field.type]
     parser.add_argument(f"--{field.name}", type=kinds[0], default=field.default, help=help_text)
 
 
@@ -58,7 +62,14 @@ def main(args: argparse.Namespace) -> None:
     """Trains what the command names."""
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(DemoRecipe)}
     minutes = DEMO_MINUTES if args.max_minutes is None and args.max_steps is None else args.max_minutes
-    train_demo(args.output_dir, DemoRecipe(**settings), args.data, minutes, args.max_steps, args.sample_every)
+    recipe = DemoRecipe(**settings)
+    trainer = train_demo(args.output_dir, recipe, args.data, minutes, args.max_steps, args.sample_every)
+    if args.data is None and trainer.is_world_process_zero():
+        evaluation = EvaluationSettings(
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, seed=args.seed
+        )
+        scores = evaluate_demo(TransfusionPipeline.from_pretrained(args.output_dir), args.output_dir, evaluation)
+        print(json.dumps(scores, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def test_presets_have_the_papers_parameter_counts(name: str) -> None:
     config = TransfusionConfig.from_preset(name)
     total = count_parameters(config)
     assert total == pytest.approx(PAPER_SIZES[name], rel=0.04)
+    assert config.intermediate_size is not None
     width, ffn, layers, vocabulary = (
         config.hidden_size,
         config.intermediate_size,
@@ -61,7 +63,7 @@ def test_round_trip_through_json(tmp_path: Path) -> None:
     assert again.rope_parameters["rope_theta"] == 5e4
 
 
-REFUSED = [
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"objective": "score"}, ["objective", "'score'", "'ddpm'", "'flow'"]),
     ({"timestep_density": "beta"}, ["timestep_density", "'beta'", "'logit_normal'"]),
     ({"hidden_size": "64"}, ["hidden_size", "'64'", "positive integer"]),
@@ -77,6 +79,7 @@ REFUSED = [
     ({"patch_size": True}, ["patch_size=True"]),
     ({"boi_token_id": 32003}, ["boi_token_id=32003", "below vocab_size (32003)"]),
     ({"boi_token_id": 5, "eoi_token_id": 5}, ["three different ids"]),
+    ({"pad_token_id": 32003}, ["pad_token_id=32003", "below vocab_size (32003)"]),
     ({"default_image_grid": (100, 100)}, ["(100, 100)", "10002", "4096"]),
     ({"default_image_grid": (4,)}, ["default_image_grid=(4,)", "(rows, columns)"]),
     ({"hiden_size": 64}, ["hiden_size=64", "did you mean hidden_size"]),

@@ -1,10 +1,13 @@
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import document, make_batch, tiny_config, tiny_model
+from tests.tiny import make_batch, tiny_config, tiny_model
 from transfusion.denoising import Context, Document, Drawing, draw_images, draw_noise, hide_text, read_documents
-from transfusion.diffusion import SCHEDULERS, make_scheduler
+from transfusion.diffusion import SCHEDULERS, check_scheduler, make_scheduler
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
 
@@ -49,15 +52,34 @@ def uncached_prediction(
     return output.image_prediction
 
 
+def kind_of(model: TransfusionForMultimodalGeneration) -> torch.dtype:
+    return torch.long if model.config.objective == "ddpm" else torch.float32
+
+
+def with_leading_steps(objective: str, name: str) -> Any:
+    """For ddpm, steps that do not begin where alpha is 5e-5: dividing by it would drown all that comes after."""
+    if objective == "flow":
+        return make_scheduler(objective, name)
+    config = {**make_scheduler(objective).config, "timestep_spacing": "leading"}
+    return getattr(diffusers, name).from_config(config)
+
+
 def slow_drawing(
-    model, ids: list[int], grid: tuple[int, int], noise: Tensor, scheduler, steps: int, scale: float
+    model: TransfusionForMultimodalGeneration,
+    ids: list[int],
+    grid: tuple[int, int],
+    noise: Tensor,
+    scheduler: Any,
+    steps: int,
+    scale: float,
 ) -> Tensor:
     """Sampling written out: no cache, no batch, one branch after the other."""
     scheduler.set_timesteps(steps)
-    x, hidden = noise, [int(token in (97, 98, 99)) for token in ids]
+    x, hidden = noise * getattr(scheduler, "init_noise_sigma", 1.0), [int(token in (97, 98, 99)) for token in ids]
     for t in scheduler.timesteps:
-        given = uncached_prediction(model, ids, [1] * len(ids), grid, x, t)
-        without = uncached_prediction(model, ids, hidden, grid, x, t)
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        given = uncached_prediction(model, ids, [1] * len(ids), grid, scaled, t.to(kind_of(model)))
+        without = uncached_prediction(model, ids, hidden, grid, scaled, t.to(kind_of(model)))
         x = scheduler.step((without + scale * (given - without)).float(), t, x).prev_sample
     return x
 
@@ -65,19 +87,24 @@ def slow_drawing(
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("objective", "name"),
-    [("ddpm", "DDIMScheduler"), ("ddpm", "DPMSolverMultistepScheduler"), ("flow", "FlowMatchHeunDiscreteScheduler")],
+    [
+        ("ddpm", "DDIMScheduler"),
+        ("ddpm", "DPMSolverMultistepScheduler"),
+        ("ddpm", "EulerDiscreteScheduler"),  # over sigmas: it scales what the model sees
+        ("flow", "FlowMatchHeunDiscreteScheduler"),
+    ],
 )
 def test_cached_batched_guided_drawing_equals_the_slow_one(objective: str, name: str, scale: float) -> None:
     model = tiny_model(objective=objective)
     prompts, grids = [[5, 6, 7, 97], [8, 97]], [(2, 3), (1, 2)]
     noise = draw_noise(grids, seeded(0, 1), 12, "cpu")
-    scheduler = make_scheduler(objective, name)
+    scheduler = with_leading_steps(objective, name)
+    check_scheduler(scheduler, objective)
     documents = [Document(torch.tensor(prompt)) for prompt in prompts]
     drawn = draw_images(model, documents, noise, grids, Drawing(scheduler, 4, scale), seeded(0, 1))
     for image, prompt, grid, start in zip(drawn, prompts, grids, noise, strict=True):
-        expected = slow_drawing(model, prompt, grid, start, make_scheduler(objective, name), 4, scale)
-        # ddpm: the first step divides by sqrt(alpha_bar) = 5e-5, which magnifies float32 rounding.
-        torch.testing.assert_close(image, expected, atol=1e-5 if objective == "flow" else 2e-3, rtol=1e-3)
+        expected = slow_drawing(model, prompt, grid, start, with_leading_steps(objective, name), 4, scale)
+        torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("objective", "name"), [(o, n) for o, names in SCHEDULERS.items() for n in names])
@@ -104,15 +131,17 @@ def test_every_scheduler_draws_a_batch_as_it_draws_each_row(objective: str, name
 
 def test_the_prefix_is_run_once_and_never_changed() -> None:
     model = tiny_model(objective="flow")
-    lengths: list[int] = []
+    shapes: list[tuple[int, ...]] = []
     handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    documents = [Document(torch.tensor(document(5, 6, 7)[:] + [97]))]
-    drawing = Drawing(make_scheduler("flow"), 5, 1.0)
-    draw_images(model, documents, draw_noise([(2, 2)], [None], 12, "cpu"), [(2, 2)], drawing, [None])
+    documents = [Document(torch.tensor([5, 6, 7, 8, 97]))]
+    for scale in (1.0, 2.0):
+        drawing = Drawing(make_scheduler("flow"), 5, scale)
+        draw_images(model, documents, draw_noise([(2, 2)], [None], 12, "cpu"), [(2, 2)], drawing, [None])
     handle.remove()
-    assert lengths == [4] + [4] * 5  # the prompt, then five times the four patches alone
+    # The prompt, then five times the four patches alone; guidance takes one more row.
+    assert shapes == [(1, 5)] + [(1, 4)] * 5 + [(2, 5)] + [(2, 4)] * 5
 
 
 def test_a_prediction_leaves_the_context_as_it_was() -> None:

@@ -1,8 +1,13 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import BaseStreamer
 
 from tests.tiny import make_batch, tiny_model
+from tests.tiny_processor import tiny_tokenizer
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
 
@@ -38,15 +43,24 @@ def slow_greedy(model: TransfusionForMultimodalGeneration, batch: dict, steps: i
     return ids[0].tolist()
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
-def test_text_after_an_image_equals_greedy_decoding_without_a_cache(cache: dict) -> None:
+def test_text_after_an_image_equals_greedy_decoding_without_a_cache(cache: dict, attn_implementation: str) -> None:
     model = tiny_model(objective="flow", eos_token_id=None)
+    model.set_attn_implementation(attn_implementation)
+    with torch.no_grad():  # attention strong enough for a wrong mask to be seen
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(20)
+            layer.self_attn.o_proj.weight.mul_(20)
     batch = make_batch([[5, (2, 2), 6, 7]])
-    written = model.generate(**batch, max_new_tokens=8, do_sample=False, **cache)
-    assert written[0].tolist() == slow_greedy(model, batch, 8)
+    with_logits = {"return_dict_in_generate": True, "output_logits": True}
+    written = model.generate(**batch, max_new_tokens=8, do_sample=False, **cache, **with_logits)
+    assert written.sequences[0].tolist() == slow_greedy(model, batch, 8)
+    whole = model(**{**batch, "input_ids": written.sequences, "attention_mask": None}).logits
+    torch.testing.assert_close(torch.stack(written.logits, dim=1), whole[:, -9:-1].float(), atol=1e-5, rtol=1e-5)
 
 
-def test_text_mode_never_writes_control_tokens(model) -> None:
+def test_text_mode_never_writes_control_tokens(model: TransfusionForMultimodalGeneration) -> None:
     with torch.no_grad():
         model.lm_head.weight[[BOI, EOI, PATCH]] *= 100
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40, do_sample=True)
@@ -69,7 +83,36 @@ def test_beams_and_return_sequences_keep_each_rows_images() -> None:
         assert torch.equal(together[2 * row : 2 * row + 2, -5:], single[:, -5:])
 
 
-def test_generate_images_appends_begin_of_image_where_it_is_absent(model) -> None:
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_return_sequences": 2}])
+def test_embedded_prompts_keep_their_images(options: dict) -> None:
+    model = tiny_model(objective="flow", eos_token_id=None)
+    batch = make_batch([[5, (2, 2), 6, (1, 2)]])
+    embedded = {**batch, "inputs_embeds": model.model.embed_tokens(batch["input_ids"])}
+    del embedded["input_ids"]
+    arguments = {"max_new_tokens": 5, "num_beams": 2 if "num_return_sequences" in options else 1, "do_sample": False}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True}
+    written, expected = (model.generate(**inputs, **arguments, **options) for inputs in (embedded, batch))
+    assert written.sequences[:, -5:].tolist() == expected.sequences[:, -5:].tolist()
+    torch.testing.assert_close(written.logits, expected.logits, atol=1e-6, rtol=1e-6)
+
+
+def test_a_cache_is_continued_with_the_new_images_alone() -> None:
+    model = tiny_model(objective="flow", eos_token_id=None)
+    arguments = {"max_new_tokens": 4, "do_sample": False}
+    first = make_batch([[5, (2, 2), 6]])
+    turn = model.generate(**first, return_dict_in_generate=True, **arguments)
+    second = make_batch([[7, (1, 2), 8]], seed=1)
+    ids = torch.cat([turn.sequences, second["input_ids"]], dim=1)
+    both = {name: torch.cat([first[name], second[name]]) for name in ("latent_patches", "image_grids")}
+    new = {name: second[name] for name in both}
+    cache = turn.past_key_values
+    continued = model.generate(ids, past_key_values=copy.deepcopy(cache), **new, **arguments)
+    assert continued.tolist() == model.generate(ids, **both, **arguments).tolist()
+    with pytest.raises(ValueError, match="1 runs of image placeholders"):
+        model.generate(ids, past_key_values=cache, **both, **arguments)
+
+
+def test_generate_images_appends_begin_of_image_where_it_is_absent(model: TransfusionForMultimodalGeneration) -> None:
     arguments = {"num_inference_steps": 3, "image_grids": (2, 2)}
     with_boi = model.generate_images(torch.tensor([[5, 6, BOI]]), generator=generators(0)[0], **arguments)
     without = model.generate_images(torch.tensor([[5, 6]]), generator=generators(0)[0], **arguments)
@@ -243,9 +286,98 @@ def test_interleaved_with_a_picture_in_the_prompt() -> None:
     )
     assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 4, EOI, 7, BOI, PATCH, PATCH, EOI, 7]]
     assert [len(row) for row in output.images] == [1]
+    assert output.image_grids == [[(1, 2)]]
 
 
-def test_defaults_come_from_the_generation_config(model, objective: str) -> None:
+def test_interleaved_text_is_sampled_where_asked() -> None:
+    model = tiny_model(objective="flow", eos_token_id=None)
+    arguments = {"generation_mode": "interleaved", "max_new_tokens": 12, "suppress_tokens": [BOI]}
+
+    def write(seed: int, **options: bool | int) -> list[int]:
+        torch.manual_seed(seed)
+        return model.generate(torch.tensor([[5, 6]]), **arguments, **options).sequences[0].tolist()
+
+    assert write(0, do_sample=True) == write(0, do_sample=True) != write(1, do_sample=True)
+    assert write(0, do_sample=False) == write(1, do_sample=False) == write(0, do_sample=True, top_k=1)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.has_ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+def test_a_streamer_gets_the_sequence_and_its_end() -> None:
+    model = force(tiny_model(objective="flow"), {5: 6, 6: BOI, EOI: 7, 7: EOS})
+    arguments = {"generation_mode": "interleaved", "image_grids": (1, 2), "num_inference_steps": 1, "do_sample": False}
+    streamer = Recorder()
+    output = model.generate(torch.tensor([[5]]), max_new_tokens=9, streamer=streamer, **arguments)
+    assert streamer.tokens == output.sequences[0].tolist() == [5, 6, BOI, PATCH, PATCH, EOI, 7, EOS]
+    assert streamer.has_ended
+    with pytest.raises(ValueError, match="one row and there are 2"):
+        model.generate(torch.tensor([[5], [5]]), streamer=Recorder(), **arguments)
+
+
+def test_stop_strings_eos_lists_and_missing_padding() -> None:
+    tokenizer = tiny_tokenizer()
+    heart = tokenizer("heart")["input_ids"]
+    model = tiny_model(objective="flow", vocab_size=len(tokenizer) + 3, pad_token_id=None, eos_token_id=[1, 2])
+    model = force(model, {3: heart[0], **dict(zip(heart, heart[1:] + [4], strict=True)), 5: 2})
+    arguments = {"generation_mode": "interleaved", "max_new_tokens": 20, "do_sample": False}
+    stopped = model.generate(torch.tensor([[3]]), tokenizer=tokenizer, stop_strings=["heart"], **arguments)
+    assert stopped.sequences.tolist() == [[3, *heart]]
+    ended = model.generate(torch.tensor([[5], [3]]), **{**arguments, "max_new_tokens": 2})
+    assert ended.sequences[0].tolist() == [5, 2, 1]  # without padding, the first end of sequence pads
+
+
+def test_several_drawings_of_each_prompt() -> None:
+    model = force(tiny_model(objective="flow"), {EOI: 7, 7: 8})
+    ids = torch.tensor([[5, BOI], [6, BOI]])
+    output = model.generate(
+        ids,
+        generation_mode="interleaved",
+        max_new_tokens=1,
+        num_inference_steps=1,
+        do_sample=True,
+        num_return_sequences=2,
+        image_grids=[(1, 1), (1, 2), (1, 3), (2, 2)],
+        generator=generators(0, 1, 2, 3),
+    )
+    assert output.sequences[:, 0].tolist() == [5, 5, 6, 6]
+    assert output.image_grids == [[(1, 1)], [(1, 2)], [(1, 3)], [(2, 2)]]
+
+
+def test_a_control_token_may_have_the_id_zero() -> None:
+    """Padding inside the decoder is never taken for a patch."""
+    model = tiny_model(objective="flow", image_token_id=0, pad_token_id=None, eos_token_id=None)
+    ids, mask = torch.tensor([[5, 6, BOI], [1, 7, BOI]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        generation_mode="interleaved",
+        max_new_tokens=2,
+        image_grids=[(1, 1), (2, 2)],
+        num_inference_steps=1,
+        generator=generators(0, 1),
+    )
+    alone = model.generate(
+        ids[1:, 1:],
+        generation_mode="interleaved",
+        max_new_tokens=2,
+        image_grids=(2, 2),
+        num_inference_steps=1,
+        generator=generators(1),
+    )
+    torch.testing.assert_close(output.images[1][0], alone.images[0][0], atol=1e-5, rtol=1e-5)
+
+
+def test_defaults_come_from_the_generation_config(model: TransfusionForMultimodalGeneration, objective: str) -> None:
     drawing = model.prepare_drawing()
     assert drawing.num_inference_steps == model.generation_config.num_inference_steps
     assert drawing.guidance_scale == model.generation_config.guidance_scale
@@ -253,8 +385,19 @@ def test_defaults_come_from_the_generation_config(model, objective: str) -> None
     model.generation_config.guidance_scale = 1.5
     drawing = model.prepare_drawing()
     assert (drawing.num_inference_steps, drawing.guidance_scale) == (7, 1.5)
+    given = GenerationConfig(num_inference_steps=3)
+    drawing = model.prepare_drawing(generation_config=given)
+    assert (drawing.num_inference_steps, drawing.guidance_scale) == (3, 1.5)
+    assert model.prepare_drawing(num_inference_steps=4, generation_config=given).num_inference_steps == 4
     expected = {"ddpm": "DDIMScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}[objective]
     assert type(drawing.scheduler).__name__ == expected
+
+
+def test_the_default_scheduler_is_that_of_the_config() -> None:
+    flow = tiny_model(objective="flow", timestep_shift=3.0, num_train_timesteps=500).prepare_drawing().scheduler
+    assert (flow.config.shift, flow.config.num_train_timesteps) == (3.0, 500)
+    ddpm = tiny_model(objective="ddpm", timestep_shift=3.0, num_train_timesteps=500).prepare_drawing().scheduler
+    assert ddpm.config.num_train_timesteps == 500
 
 
 def test_guidance_of_images_does_not_touch_text() -> None:
@@ -269,6 +412,9 @@ REFUSED = [
     ({"scheduler": "NoScheduler"}, "NoScheduler"),
     ({"scheduler": "DDIMScheduler"}, "DDIMScheduler"),
     ({"num_inference_steps": 0}, "num_inference_steps=0"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    ({"attention_mask": torch.ones(1, 2)}, "attention_mask has shape (1, 2)"),
+    ({"latent_patches": torch.zeros(1, 12)}, "Of latent_patches and image_grids one is None"),
     ({"image_grids": (100, 100)}, "10002"),
     ({"image_grids": (0, 3)}, "(0, 3)"),
     ({"image_grids": [(1, 1), (1, 2)]}, "nor 1 of these"),
@@ -292,5 +438,12 @@ def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
         model.generate(ids, generation_mode="video")
     with pytest.raises(ValueError, match="num_inference_steps cannot work in text mode"):
         model.generate(ids, num_inference_steps=4)
+    with pytest.raises(ValueError, match="guidance_scale cannot work in text mode"):
+        model.generate(ids, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="image_grids cannot work in text mode"):
+        model.generate(ids, image_grids=(2, 2))
+    with pytest.raises(ValueError, match=r"prompts of rows \[1\] are empty"):
+        mask = torch.tensor([[1], [0]])
+        model.generate(torch.tensor([[5], [0]]), attention_mask=mask, generation_mode="interleaved")
     with pytest.raises(ValueError, match="num_beams=2 cannot draw"):
         model.generate(ids, generation_mode="interleaved", num_beams=2)

@@ -34,6 +34,17 @@ def test_learned_labels_as_the_docstring_draws_them() -> None:
     assert targets.tolist() == [[red, BOI, -100, -100, -100, heart, eos]]
 
 
+@pytest.mark.parametrize("row", [[5, BOI, 7, 8], [5, PATCH, 8], [PATCH, PATCH, EOI, 5], [BOI, BOI, EOI, EOI]])
+def test_learned_labels_of_odd_rows(row: list[int]) -> None:
+    ids = torch.tensor([row])
+    assert learned_labels(ids, ids, tiny_config())[0].tolist() == slow_targets(row, row)
+
+
+def test_embeddings_alone_leave_it_to_the_labels() -> None:
+    labels = torch.tensor([[5, BOI, PATCH, -100, 8]])
+    assert learned_labels(None, labels, tiny_config()).tolist() == [[BOI, PATCH, -100, 8]]
+
+
 def slow_without_text(row: list[int]) -> list[bool]:
     found, seen_text, previous = [], False, None
     for token in row:
@@ -109,6 +120,10 @@ def test_refuses_grids_that_do_not_fit(batch: dict[str, Tensor]) -> None:
     refuse({**batch, "image_grids": torch.tensor([[2, 3], [2, 2], [1, 2]])}, "12 patches", "latent_patches 13")
     refuse({**batch, "image_grids": torch.tensor([2, 3])}, "image_grids has shape (2,)")
     refuse({**batch, "image_grids": None}, "image_grids has shape None")
+    empty = {"latent_patches": torch.zeros(0, 12), "image_grids": torch.tensor([[0, 3]])}
+    refuse({"input_ids": torch.tensor([[5]]), **empty}, "every image needs a row and a column")
+    negative = torch.tensor([[-2, -3], [2, 2], [1, 3]])
+    refuse({**batch, "image_grids": negative}, "every image needs a row and a column")
     huge = {"latent_patches": torch.zeros(127, 12), "image_grids": torch.tensor([[127, 1]])}
     refuse({"input_ids": torch.tensor([document(5, (127, 1))]), **huge}, "127 patches", "129", "128")
 
@@ -117,7 +132,9 @@ def test_refuses_an_empty_batch_and_orphans(batch: dict[str, Tensor]) -> None:
     refuse({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "the batch is empty")
     refuse({"input_ids": torch.tensor([[5]]), "noise": torch.zeros(1, 12)}, "noise came without latent_patches")
     refuse({**batch, "timesteps": torch.tensor([1, 2])}, "timesteps has shape (2,)", "3 images")
+    refuse({**batch, "image_loss_mask": torch.tensor([True])}, "image_loss_mask has shape (1,)", "3 images")
     refuse({**batch, "noise": torch.zeros(3, 12)}, "noise has shape (3, 12)")
+    refuse({**batch, "image_loss_mask": torch.tensor([1, 0, 1])}, "image_loss_mask has dtype torch.int64", "bool")
 
 
 def test_refuses_timesteps_outside_the_schedule(batch: dict[str, Tensor]) -> None:

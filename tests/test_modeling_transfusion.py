@@ -1,11 +1,12 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 import transfusion  # noqa: F401  registers the auto classes
 from tests.tiny import make_batch, tiny_config, tiny_model
@@ -13,7 +14,9 @@ from transfusion.inputs import images_without_prior_text
 from transfusion.modeling_transfusion import (
     TransfusionForMultimodalGeneration,
     TransfusionModel,
+    TransfusionRMSNorm,
     apply_rotary_pos_emb,
+    mean_cross_entropy,
     transfusion_mask,
 )
 
@@ -38,11 +41,13 @@ def full_mask(
 ) -> Tensor:
     embeds = config_model.model.embed_tokens(input_ids)
     mask = transfusion_mask(config_model.config, embeds, attention_mask, None, input_ids == 99)
+    assert mask is not None
     return mask if mask.dtype == torch.bool else mask == 0
 
 
 def test_mask_is_the_docstrings_drawing() -> None:
-    drawing = [line.split() for line in transfusion_mask.__doc__.splitlines() if line.strip().endswith((" .", " 1"))]
+    lines = str(transfusion_mask.__doc__).splitlines()
+    drawing = [line.split() for line in lines if line.strip().endswith((" .", " 1"))]
     drawn = torch.tensor([[cell == "1" for cell in line[1:]] for line in drawing])
     ids = {"a": 5, "red": 6, "<boi>": 97, "patch": 99, "<eoi>": 98, "heart": 7}
     input_ids = torch.tensor([[ids[line[0]] for line in drawing]])
@@ -130,7 +135,9 @@ def draw(objective: str, num_images: int) -> Tensor:
     return (uniform * 999).long() if objective == "ddpm" else uniform * 1000
 
 
-def test_losses_equal_the_slow_reference(model, batch: dict[str, Tensor], objective: str) -> None:
+def test_losses_equal_the_slow_reference(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor], objective: str
+) -> None:
     timesteps = draw(objective, 3)
     noise = torch.randn(batch["latent_patches"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     output = model(**batch, labels=labels_of(batch), timesteps=timesteps, noise=noise)
@@ -140,7 +147,9 @@ def test_losses_equal_the_slow_reference(model, batch: dict[str, Tensor], object
     torch.testing.assert_close(output.loss, output.text_loss + 5.0 * output.image_loss)
 
 
-def test_losses_with_global_counts_add_up(model, batch: dict[str, Tensor], objective: str) -> None:
+def test_losses_with_global_counts_add_up(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor], objective: str
+) -> None:
     """Each row alone, divided by the counts of both, sums to the batch: what accumulation and processes need."""
     timesteps = draw(objective, 3)
     noise = torch.randn(batch["latent_patches"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -163,7 +172,9 @@ def test_losses_with_global_counts_add_up(model, batch: dict[str, Tensor], objec
     torch.testing.assert_close(total, whole.loss)
 
 
-def test_skip_logits_changes_no_loss(model, batch: dict[str, Tensor], objective: str) -> None:
+def test_skip_logits_changes_no_loss(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor], objective: str
+) -> None:
     inputs = {**batch, "labels": labels_of(batch), "timesteps": draw(objective, 3)}
     noise = torch.zeros_like(batch["latent_patches"])
     full, skipped = model(**inputs, noise=noise), model(**inputs, noise=noise, skip_logits=True)
@@ -172,7 +183,9 @@ def test_skip_logits_changes_no_loss(model, batch: dict[str, Tensor], objective:
     torch.testing.assert_close(skipped.loss, full.loss)
 
 
-def test_context_images_are_clean_and_carry_no_loss(model, batch: dict[str, Tensor], objective: str) -> None:
+def test_context_images_are_clean_and_carry_no_loss(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor], objective: str
+) -> None:
     timesteps, mask = draw(objective, 3), torch.tensor([True, False, True])
     noise = torch.randn(batch["latent_patches"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     images = model.add_noise(batch["latent_patches"], batch["image_grids"], timesteps, noise, mask)
@@ -186,7 +199,9 @@ def test_context_images_are_clean_and_carry_no_loss(model, batch: dict[str, Tens
     torch.testing.assert_close(model(**inputs, noise=noise).loss, model(**inputs, noise=other).loss)
 
 
-def test_noise_is_added_as_the_process_says(model, batch: dict[str, Tensor], objective: str) -> None:
+def test_noise_is_added_as_the_process_says(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor], objective: str
+) -> None:
     timesteps = draw(objective, 3)
     noise = torch.randn(batch["latent_patches"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     images = model.add_noise(batch["latent_patches"], batch["image_grids"], timesteps, noise, None)
@@ -204,7 +219,9 @@ def test_noise_is_added_as_the_process_says(model, batch: dict[str, Tensor], obj
         torch.testing.assert_close(images.target, noise)
 
 
-def test_what_is_absent_is_drawn_and_capped_before_text(model, batch: dict[str, Tensor]) -> None:
+def test_what_is_absent_is_drawn_and_capped_before_text(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor]
+) -> None:
     capped = images_without_prior_text(batch["input_ids"], batch["attention_mask"], model.config)
     assert capped.tolist() == [False, True, False]
     torch.manual_seed(0)
@@ -217,14 +234,18 @@ def test_what_is_absent_is_drawn_and_capped_before_text(model, batch: dict[str, 
     assert one != two and torch.isfinite(one)
 
 
-def test_explicit_timesteps_are_never_capped(model, batch: dict[str, Tensor], objective: str) -> None:
+def test_explicit_timesteps_are_never_capped(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor], objective: str
+) -> None:
     timesteps = torch.tensor([999, 999, 999]) if objective == "ddpm" else torch.tensor([1000.0] * 3)
     noise = torch.randn(batch["latent_patches"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     images = model.add_noise(batch["latent_patches"], batch["image_grids"], timesteps, noise, None)
     torch.testing.assert_close(images.patches, noise, atol=1e-3, rtol=1e-3)
 
 
-def test_without_labels_and_timesteps_images_are_context(model, batch: dict[str, Tensor]) -> None:
+def test_without_labels_and_timesteps_images_are_context(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor]
+) -> None:
     output = model(**batch)
     assert output.loss is None and output.image_loss is None and output.image_prediction is None
     zero = torch.zeros(3, dtype=torch.long if model.config.objective == "ddpm" else torch.float32)
@@ -233,7 +254,7 @@ def test_without_labels_and_timesteps_images_are_context(model, batch: dict[str,
     assert known.image_prediction.shape == (13, 12) and known.loss is None
 
 
-def test_text_only_batches_train_every_parameter(model) -> None:
+def test_text_only_batches_train_every_parameter(model: TransfusionForMultimodalGeneration) -> None:
     batch = make_batch([[5, 6, 7], [8, 9]])
     output = model.train()(**batch, labels=labels_of(batch))
     output.loss.backward()
@@ -241,7 +262,9 @@ def test_text_only_batches_train_every_parameter(model) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_batch_without_any_target_has_a_finite_loss(model, batch: dict[str, Tensor]) -> None:
+def test_a_batch_without_any_target_has_a_finite_loss(
+    model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor]
+) -> None:
     nothing = torch.full_like(batch["input_ids"], -100)
     no_images = torch.zeros(3, dtype=torch.bool)
     output = model.train()(**batch, labels=nothing, image_loss_mask=no_images)
@@ -250,7 +273,7 @@ def test_a_batch_without_any_target_has_a_finite_loss(model, batch: dict[str, Te
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_padding_side_and_amount_change_nothing(model) -> None:
+def test_padding_side_and_amount_change_nothing(model: TransfusionForMultimodalGeneration) -> None:
     batch = make_batch([[5, (2, 2), 6, 7]])
     length = batch["input_ids"].shape[1]
     pads = torch.zeros(1, 3, dtype=torch.long)
@@ -270,7 +293,7 @@ def test_padding_side_and_amount_change_nothing(model) -> None:
     torch.testing.assert_close(model(**left, position_ids=positions).logits[:, 3:], plain, atol=1e-6, rtol=1e-6)
 
 
-def test_eager_equals_sdpa(model, batch: dict[str, Tensor]) -> None:
+def test_eager_equals_sdpa(model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor]) -> None:
     fused = model(**batch).logits
     model.set_attn_implementation("eager")
     visible = batch["attention_mask"].bool()
@@ -282,7 +305,7 @@ def test_flash_attention_is_refused() -> None:
         tiny_model().set_attn_implementation("flash_attention_2")
 
 
-def test_cache_equals_no_cache_at_any_cut(model) -> None:
+def test_cache_equals_no_cache_at_any_cut(model: TransfusionForMultimodalGeneration) -> None:
     """Cuts between tokens, never inside an image; also with the whole image in the second part."""
     batch = make_batch([[5, 6, (2, 2), 7, 8, (1, 2), 9]])
     whole = model(**batch).logits
@@ -302,6 +325,24 @@ def test_cache_equals_no_cache_at_any_cut(model) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=1e-6)
 
 
+def test_images_that_join_a_cache_must_fit_their_placeholders() -> None:
+    model = tiny_model()
+    cache = model(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    ids = torch.tensor([[97, 99, 99, 98]])
+    with pytest.raises(ValueError, match=r"1 runs of image placeholders, of lengths \[2\].*of \[6\] patches"):
+        model(ids, past_key_values=cache, latent_patches=torch.zeros(6, 12), image_grids=torch.tensor([[2, 3]]))
+
+
+@torch.no_grad()
+def test_a_step_with_a_static_cache_compiles_whole() -> None:
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    step = compiled(input_ids=torch.tensor([[8]]), past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(step.logits, model(torch.tensor([[5, 6, 7, 8]])).logits[:, -1:], atol=1e-9, rtol=0)
+
+
 def test_gradient_checkpointing_changes_nothing(batch: dict[str, Tensor]) -> None:
     losses = []
     for enabled in (False, True):
@@ -317,7 +358,9 @@ def test_gradient_checkpointing_changes_nothing(batch: dict[str, Tensor]) -> Non
 
 def test_is_llama_on_text() -> None:
     """Same names, same numbers: a Llama checkpoint's weights give a Llama's logits."""
-    values = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    values: dict[str, Any] = dict(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     values |= dict(num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, rms_norm_eps=1e-6)
     llama = LlamaForCausalLM(LlamaConfig(**values)).double().eval()
     model = tiny_model()
@@ -325,6 +368,53 @@ def test_is_llama_on_text() -> None:
     assert not unexpected and all("patch_" in name for name in missing)
     ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(ids).logits, llama(ids).logits)
+
+
+def test_is_qwen3_on_text() -> None:
+    """With norms on queries and keys, and heads that are wider than the model divided by them."""
+    values: dict[str, Any] = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    values |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128)
+    qwen = Qwen3ForCausalLM(Qwen3Config(**values, pad_token_id=0, rms_norm_eps=1e-6)).double().eval()
+    with torch.no_grad():
+        for name, weight in qwen.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    model = tiny_model(qk_norm=True, head_dim=16)
+    missing, unexpected = model.load_state_dict(qwen.state_dict(), strict=False)
+    assert not unexpected and all("patch_" in name for name in missing)
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(ids).logits, qwen(ids).logits)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_dropout_acts_in_training_alone(batch: dict[str, Tensor], attn_implementation: str) -> None:
+    model = tiny_model(attention_dropout=0.5)
+    model.set_attn_implementation(attn_implementation)
+    plain = tiny_model()
+    plain.set_attn_implementation(attn_implementation)
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    assert not torch.allclose(model.train()(**batch).logits, plain(**batch).logits)
+
+
+def test_the_text_loss_is_taken_in_float32() -> None:
+    logits, targets = torch.randn(50, 100).bfloat16(), torch.arange(50)
+    assert torch.equal(mean_cross_entropy(logits, targets), F.cross_entropy(logits.float(), targets))
+    assert mean_cross_entropy(logits, targets, 25) == 2 * mean_cross_entropy(logits, targets)
+
+
+def test_logits_of_some_positions(batch: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    whole = model(**batch).logits
+    torch.testing.assert_close(model(**batch, logits_to_keep=3).logits, whole[:, -3:])
+    torch.testing.assert_close(model(**batch, logits_to_keep=torch.tensor([4, 1])).logits, whole[:, [4, 1]])
+
+
+def test_norms_are_taken_in_float32() -> None:
+    """Squares of what bfloat16 holds to three digits would be off by a hundredth."""
+    x = torch.randn(200, 64).bfloat16()
+    norm = TransfusionRMSNorm(64).bfloat16()
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    assert torch.equal(norm(x), exact.bfloat16())
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
@@ -350,7 +440,9 @@ def test_qk_norm_makes_attention_blind_to_scale() -> None:
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
 
-def test_save_and_load_through_auto_model(tmp_path: Path, model, batch: dict[str, Tensor]) -> None:
+def test_save_and_load_through_auto_model(
+    tmp_path: Path, model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor]
+) -> None:
     model.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.suffix in (".bin", ".pt", ".pkl")] == []
     again = AutoModel.from_pretrained(tmp_path, dtype="auto")
@@ -361,11 +453,15 @@ def test_save_and_load_through_auto_model(tmp_path: Path, model, batch: dict[str
 
 def test_base_model_and_inputs_embeds(batch: dict[str, Tensor]) -> None:
     model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.5  # a placeholder is known by its whole embedding
     embeds = model.model.embed_tokens(batch["input_ids"])
     images = {"latent_patches": batch["latent_patches"], "image_grids": batch["image_grids"]}
     by_embeds = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **images)
     torch.testing.assert_close(by_embeds.logits, model(**batch).logits)
     base = TransfusionModel(tiny_config())
+    with pytest.raises(ValueError, match="latent_patches came without image_grids"):
+        base(batch["input_ids"], latent_patches=batch["latent_patches"])
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         base()
     outputs = model(**batch, output_hidden_states=True)

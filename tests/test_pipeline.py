@@ -1,4 +1,6 @@
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 
+from scripts.generate import main, parse_args
+from tests.test_generation import force
 from tests.tiny import tiny_config
 from tests.tiny_processor import tiny_tokenizer, tiny_vae
 from transfusion import TransfusionPipeline
@@ -16,7 +20,7 @@ from transfusion.pipeline import TransfusionPipeline as FromModule
 from transfusion.processing import TransfusionProcessor
 
 
-def make_pipeline(objective: str = "flow") -> TransfusionPipeline:
+def make_pipeline(objective: str = "flow", **overrides: Any) -> TransfusionPipeline:
     """Pictures of 16 x 16 pixels, latents of 4 x 4 and 4 channels, 2 x 2 patches."""
     processor = TransfusionProcessor(TransfusionImageProcessor(size=16), tiny_tokenizer(), tiny_vae())
     torch.manual_seed(0)
@@ -28,8 +32,8 @@ def make_pipeline(objective: str = "flow") -> TransfusionPipeline:
         image_token_id=processor.image_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
         latent_channels=4,
-        default_image_grid=(2, 2),
         bos_token_id=None,
+        **{"default_image_grid": (2, 2), **overrides},
     )
     pipeline = TransfusionPipeline(TransfusionForMultimodalGeneration(config).eval(), processor)
     pipeline.set_progress_bar_config(disable=True)
@@ -104,6 +108,17 @@ def test_latents_start_the_drawing_and_callbacks_replace_them() -> None:
     torch.testing.assert_close(free[0], unpatchify(patches, (4, 2), 2))
 
 
+def test_sizes_and_the_scheduler_default_to_the_models() -> None:
+    pipeline = make_pipeline(default_image_grid=(2, 3), timestep_shift=2.0, num_train_timesteps=500)
+    assert pipeline.grid_of(None, None) == (2, 3)
+    assert pipeline.grid_of(32, None) == (4, 3)
+    assert pipeline("a heart", num_inference_steps=1).images[0].size == (24, 16)
+    assert (pipeline.scheduler.config.shift, pipeline.scheduler.config.num_train_timesteps) == (2.0, 500)
+    pipeline.scheduler = DDIMScheduler()  # a call draws with the pipeline's scheduler, and so refuses this one
+    with pytest.raises(ValueError, match="DDIMScheduler"):
+        pipeline("a heart", num_inference_steps=1)
+
+
 def test_prompts_cannot_inject_control_tokens_and_may_be_empty() -> None:
     pipeline = make_pipeline()
     processor = pipeline.processor
@@ -121,6 +136,14 @@ def test_negative_prompts_guide_away() -> None:
     plain = pipeline("a heart", generator=seeded(0)[0], **arguments).images
     away = pipeline("a heart", negative_prompt="a sky", generator=seeded(0)[0], **arguments).images
     assert not torch.allclose(plain, away)
+    each = {"num_images_per_prompt": 2, "generator": seeded(0, 1, 2, 3), **arguments}
+    together = pipeline(["a heart", "a red heart"], negative_prompt=["a sky", "blue"], **each).images
+    shared = pipeline(["a heart", "a red heart"], negative_prompt="a sky", **each | {"generator": seeded(0, 1, 2, 3)})
+    for index, (prompt, negative) in enumerate([("a heart", "a sky")] * 2 + [("a red heart", "blue")] * 2):
+        alone = pipeline(prompt, negative_prompt=negative, generator=seeded(index)[0], **arguments).images
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-4)
+        is_shared = torch.allclose(shared.images[index : index + 1], alone, atol=1e-4, rtol=1e-4)
+        assert is_shared == (negative == "a sky")
 
 
 def test_captions_one_picture_or_a_list() -> None:
@@ -133,6 +156,31 @@ def test_captions_one_picture_or_a_list() -> None:
     inputs = pipeline.processor(text="<image>", images=[picture], return_tensors="pt")
     ids = pipeline.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert one == pipeline.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_captions_hold_no_control_tokens_and_no_space_around() -> None:
+    pipeline = make_pipeline()
+    tokenizer, processor = pipeline.processor.tokenizer, pipeline.processor
+    ids = tokenizer(" blue ")["input_ids"]
+    assert len(set(ids)) == len(ids)
+    chain = [processor.eoi_token_id, *ids[:-1], tokenizer("\t")["input_ids"][0], tokenizer.eos_token_id]
+    force(pipeline.model, dict(zip(chain, chain[1:], strict=False)))
+    assert pipeline.caption(Image.new("RGB", (16, 16), "red"), do_sample=False).text == "blue"
+
+
+def test_several_captions_of_one_picture() -> None:
+    picture = Image.new("RGB", (16, 16), "red")
+    texts = make_pipeline().caption(picture, max_new_tokens=4, num_beams=2, num_return_sequences=2).text
+    assert isinstance(texts, list) and len(texts) == 2
+
+
+def test_moving_takes_the_vae_along_and_casting_leaves_it() -> None:
+    pipeline = make_pipeline()
+    assert pipeline.to(torch.bfloat16) is pipeline
+    assert (pipeline.model.dtype, pipeline.processor.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert pipeline("a heart", num_inference_steps=2).images[0].size == (16, 16)
+    pipeline.to("meta")
+    assert pipeline.processor.vae.device.type == pipeline.model.device.type == "meta"
 
 
 def test_save_and_load_draw_the_same_picture(tmp_path: Path) -> None:
@@ -149,16 +197,22 @@ def test_save_and_load_draw_the_same_picture(tmp_path: Path) -> None:
     )
     torch.testing.assert_close(before, after)
     assert pipeline.count_steps(3) == 5
+    given = FlowMatchHeunDiscreteScheduler(shift=4.0)
+    assert TransfusionPipeline.from_pretrained(tmp_path, scheduler=given).scheduler.config.shift == 4.0
+    shutil.rmtree(tmp_path / "scheduler")
+    assert type(TransfusionPipeline.from_pretrained(tmp_path).scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
-REFUSED = [
+REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt=[]"),
     ({"prompt": [1]}, "prompt=[1]"),
     ({"output_type": "jpeg"}, "'jpeg'; allowed: 'pil'"),
     ({"height": 20}, "multiples of 8; the nearest is"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
     ({"generator": [torch.Generator()] * 2}, "list of 2 for 1 images"),
-    ({"latents": torch.zeros(1, 4, 8, 8)}, "these grids take (4, 16)"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, "take (1, 4, 4, 4)"),
+    ({"latents": torch.zeros(1, 4, 2, 8)}, "latents has shape (1, 4, 2, 8)"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0"),
     ({"negative_prompt": ["a", "b"]}, "2 negative prompts"),
 ]
 
@@ -168,6 +222,24 @@ def test_refuses_bad_arguments(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError) as error:
         make_pipeline()(**{"prompt": "a heart", "num_inference_steps": 1, **arguments})
     assert words in str(error.value)
+
+
+def test_the_command_draws_captions_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    make_pipeline().save_pretrained(model)
+
+    def run(*options: str) -> list[str]:
+        main(parse_args([str(model), *options]))
+        return capsys.readouterr().out.splitlines()
+
+    names = ["000-a-red-heart.png", "001-a-red-heart.png", "002-sky.png", "003-sky.png"]
+    options = ["--num_inference_steps", "1", "--num_images_per_prompt", "2", "--out", str(tmp_path / "out")]
+    files = run("draw", "A red, heart!", "sky", *options)
+    assert files == [str(tmp_path / "out" / name) for name in names]
+    [said] = run("caption", files[0], "--max_new_tokens", "3")
+    assert said.startswith(f"{files[0]}: ")
+    written = "\n".join(run("write", "a red heart", "sky", "--max_new_tokens", "3"))
+    assert written.startswith("a red heart") and "\nsky" in written
 
 
 def test_refuses_parts_that_do_not_fit() -> None:

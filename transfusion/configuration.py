@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What two CPU cores train in minutes on the pictures that ship with the package.
 PRESETS["demo"] = {
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "hidden_size": 256,
     "num_attention_heads": 4,
     "vocab_size": 4096,
@@ -33,9 +33,11 @@ PRESETS["demo"] = {
     "tie_word_embeddings": True,
     "qk_norm": True,
     "latent_channels": 8,
-    "patch_size": 2,
+    "patch_size": 4,
+    "axial_positions": True,
     "objective": "flow",
-    "default_image_grid": (8, 8),
+    "timestep_mean": 1.0,
+    "default_image_grid": (4, 4),
 }
 
 # Keys that transformers itself writes to a config.json or passes to a config, beside the fields of its dataclass.
@@ -140,7 +142,8 @@ class TransfusionConfig(PreTrainedConfig):
         if self.default_image_grid is None:
             side = min(16, math.isqrt(max(self.max_position_embeddings - 2, 1)))
             self.default_image_grid = (side, side)
-        self.default_image_grid = tuple(self.default_image_grid)
+        rows, columns = self.default_image_grid
+        self.default_image_grid = (rows, columns)
         super().__post_init__(**kwargs)
         self._check_architecture()
 
@@ -210,8 +213,15 @@ class TransfusionConfig(PreTrainedConfig):
         control = {name: getattr(self, name) for name in ("boi_token_id", "eoi_token_id", "image_token_id")}
         for name in control:
             _check(self, name, lambda v: 0 <= v < self.vocab_size, f"an id below vocab_size ({self.vocab_size})")
+        _check(
+            self,
+            "pad_token_id",
+            lambda v: v is None or v < self.vocab_size,
+            f"None or an id below vocab_size ({self.vocab_size})",
+        )
         if len(set(control.values())) < 3:
             raise ValueError(f"{control} must be three different ids.")
+        assert self.default_image_grid is not None  # __post_init__ filled it in
         rows, columns = self.default_image_grid
         if rows * columns + 2 > self.max_position_embeddings:
             raise ValueError(

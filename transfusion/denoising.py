@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from .configuration import TransfusionConfig
 from .latents import split_images
@@ -52,6 +51,12 @@ def read_documents(
 ) -> list[Document]:
     """Cut a padded batch, on either side, into rows without padding, each with its images."""
     visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if visible.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(visible.shape)} and input_ids {tuple(input_ids.shape)}; give the same."
+        )
+    if (latent_patches is None) != (image_grids is None):
+        raise ValueError("Of latent_patches and image_grids one is None; give both, as the processor makes them.")
     rows = [ids[seen] for ids, seen in zip(input_ids, visible, strict=True)]
     images = [] if latent_patches is None else list(split_images(latent_patches, image_grids))
     grids = [] if image_grids is None else [(int(r), int(c)) for r, c in image_grids.tolist()]
@@ -84,12 +89,12 @@ class Context:
     def __init__(self, model: Any, documents: list[Document], visible: list[Tensor]) -> None:
         """Run `documents`; `visible` says per document which of its tokens may be looked at (L,)."""
         self.model = model
-        self.cache: Cache | None = None
+        self.cache: Any = None  # a transformers Cache after the first run
         is_token = pad_left([torch.ones_like(seen) for seen in visible], False).to(model.device)
         self.attention_mask = is_token.new_zeros(len(documents), 0, dtype=torch.long)
         self.lengths = is_token.new_zeros(len(documents), dtype=torch.long)
         self.logits = self.extend(
-            pad_left([document.input_ids for document in documents], 0),
+            pad_left([document.input_ids for document in documents], model.config.eoi_token_id),
             is_token,
             [image for document in documents for image in document.images],
             [grid for document in documents for grid in document.grids],

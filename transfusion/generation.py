@@ -4,6 +4,7 @@ Shapes: B rows, L tokens, N images, n patches of one image, P patches of all, D 
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.generation import BaseStreamer, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
@@ -116,11 +117,16 @@ class InterleavedDecoder:
     """
 
     def __init__(
-        self, drawing: Drawing, image_grids: Any, generator: torch.Generator | Sequence[torch.Generator] | None
+        self,
+        drawing: Drawing,
+        image_grids: Any,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        streamer: BaseStreamer | None = None,
     ) -> None:
         self.drawing = drawing
         self.image_grids = image_grids
         self.generator = generator
+        self.streamer = streamer
 
     def __call__(
         self,
@@ -131,12 +137,19 @@ class InterleavedDecoder:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> TransfusionGenerateOutput:
-        """Continue `input_ids` (B, L) until all rows stop; a prompt that ends in begin-of-image draws at once."""
+        """Continue `input_ids` (B, L) until all rows stop; a prompt that ends in begin-of-image draws at once.
+
+        The streamer gets what joins the only row: a token, or the placeholders of an image and its end.
+        """
         if generation_config.num_beams > 1:
             raise ValueError(f"num_beams={generation_config.num_beams} cannot draw; use 1, or generation_mode='text'.")
         processors = LogitsProcessorList([p for p in logits_processor if not isinstance(p, _NoImageBegin)])
         images = model_kwargs.get("latent_patches"), model_kwargs.get("image_grids")
         documents = read_documents(input_ids, model_kwargs.get("attention_mask"), *images, model.config)
+        if self.streamer is not None and len(documents) > 1:
+            raise ValueError(f"A streamer takes one row and there are {len(documents)}; generate them one by one.")
+        if empty := [row for row, document in enumerate(documents) if len(document.input_ids) == 0]:
+            raise ValueError(f"The prompts of rows {empty} are empty; give at least one token that is not masked.")
         prompts = [copy.copy(document) for document in documents]
         visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
         context = Context(model, documents, visible)
@@ -150,16 +163,21 @@ class InterleavedDecoder:
             if is_drawing.any():
                 after_image = self.draw(model, context, documents, is_drawing, grids, generators)
                 logits = torch.where(is_drawing[:, None], after_image, logits)
+                if self.streamer is not None:
+                    self.streamer.put(documents[0].input_ids[-len(documents[0].images[-1]) - 1 :].cpu())
             if not is_live.any():
                 break
             tokens = choose_tokens(processors(timeline, logits), generation_config.do_sample)
-            tokens = torch.where(is_live, tokens, 0)
             timeline = torch.cat([timeline, tokens[:, None]], dim=1)
             append_tokens(documents, tokens[:, None], is_live[:, None])
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
             is_drawing = is_live & (tokens == boi)
             was_live, is_live = is_live, is_live & ~stopping_criteria(timeline, None)
             if is_live.any() or is_drawing.any():
                 logits = context.extend(tokens[:, None], was_live[:, None], [], [])
+        if self.streamer is not None:
+            self.streamer.end()
         return collect_output(input_ids, prompts, documents, generation_config)
 
     def draw(
@@ -183,7 +201,8 @@ class InterleavedDecoder:
         }
         nothing = is_drawing.new_zeros(0, dtype=torch.long)
         blocks = [written.get(row, nothing) for row in range(len(documents))]
-        input_ids, is_token = pad_left(blocks, 0), pad_left([torch.ones_like(block) for block in blocks], 0).bool()
+        input_ids = pad_left(blocks, config.eoi_token_id)
+        is_token = pad_left([torch.ones_like(block) for block in blocks], 0).bool()
         for row, image, grid in zip(rows, images, row_grids, strict=True):
             documents[row].images = [*documents[row].images, image]
             documents[row].grids = [*documents[row].grids, grid]
@@ -242,21 +261,26 @@ class TransfusionGenerationMixin(GenerationMixin):
         guidance_scale: float | None = None,
         scheduler: Any = None,
         callback: StepCallback | None = None,
+        generation_config: GenerationConfig | None = None,
     ) -> Drawing:
-        """Fill what the caller left open from the generation config, and check it.
+        """Fill what the caller left open from `generation_config`, then from the model's, and check it.
 
         `scheduler` is a diffusers scheduler, the name of one, or None for the objective's default.
         """
         default_steps, default_scale = SAMPLING_DEFAULTS[self.config.objective]
-        if num_inference_steps is None:
-            num_inference_steps = getattr(self.generation_config, "num_inference_steps", None) or default_steps
-        if guidance_scale is None:
-            guidance_scale = self.generation_config.guidance_scale
-            guidance_scale = default_scale if guidance_scale is None else guidance_scale
+        for config in (generation_config, self.generation_config):
+            if config is not None and num_inference_steps is None:
+                num_inference_steps = getattr(config, "num_inference_steps", None)
+            if config is not None and guidance_scale is None:
+                guidance_scale = config.guidance_scale
+        num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = default_scale if guidance_scale is None else guidance_scale
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps!r}; give an integer of 1 or more.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale!r}; give a finite number, 1 for no guidance.")
         if scheduler is None or isinstance(scheduler, str):
-            shift = self.config.timestep_shift
+            shift = self.config.timestep_shift if self.config.objective == "flow" else 1.0  # ddpm draws uniformly
             scheduler = make_scheduler(
                 self.config.objective, scheduler, shift=shift, num_train_timesteps=self.config.num_train_timesteps
             )
@@ -362,22 +386,35 @@ class TransfusionGenerationMixin(GenerationMixin):
         if generation_mode == "text":
             drawing_arguments = {
                 "output_image_grids": output_image_grids,
+                "image_grids": None if has_images else image_grids,
                 "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
                 "scheduler": scheduler,
                 "generator": generator,
             }
             if given := [name for name, value in drawing_arguments.items() if value is not None]:
                 raise ValueError(f"{', '.join(given)} cannot work in text mode; use generation_mode='interleaved'.")
-            return super().generate(inputs, **prompt_grids, **kwargs)
+            # Embeddings first: transformers reads the batch size off the first tensor, and patches lie flat.
+            embedded = {name: kwargs.pop(name) for name in ("inputs_embeds",) if name in kwargs}
+            return super().generate(inputs, **embedded, **prompt_grids, **kwargs)
         if generation_mode != "interleaved":
             raise ValueError(
                 f"generation_mode={generation_mode!r}; allowed: 'text', 'interleaved'. To draw: generate_images."
             )
         drawn_grids = image_grids if not has_images and output_image_grids is None else output_image_grids
-        writer = InterleavedDecoder(
-            self.prepare_drawing(num_inference_steps, guidance_scale, scheduler), drawn_grids, generator
+        drawing = self.prepare_drawing(
+            num_inference_steps, guidance_scale, scheduler, generation_config=kwargs.get("generation_config")
         )
+        writer = InterleavedDecoder(drawing, drawn_grids, generator, kwargs.get("streamer"))
         return super().generate(inputs, custom_generate=writer, **prompt_grids, **kwargs)
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any
+    ) -> dict[str, Any]:
+        # transformers loses the tokenizer, which stop strings need, where the decoding loop is not its own.
+        tokenizer = kwargs.get("tokenizer")
+        mode_kwargs = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
+        return mode_kwargs if tokenizer is None else mode_kwargs | {"tokenizer": tokenizer}
 
     def _get_logits_processor(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
@@ -404,7 +441,10 @@ class TransfusionGenerationMixin(GenerationMixin):
         if use_cache and not is_first_iteration:
             kwargs |= {"latent_patches": None, "image_grids": None}
         elif kwargs.get("latent_patches") is not None:
-            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+            is_embedded = inputs_embeds is not None and is_first_iteration
+            kwargs["mm_token_type_ids"] = self.model.get_image_mask(
+                None if is_embedded else input_ids, inputs_embeds
+            ).long()
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -434,8 +474,12 @@ class TransfusionGenerationMixin(GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         # Patches lie flat over the batch: transformers would repeat patch by patch instead of row by row.
         latent_patches, image_grids = kwargs.pop("latent_patches", None), kwargs.pop("image_grids", None)
-        if latent_patches is not None:
-            documents = read_documents(input_ids, None, latent_patches, image_grids, self.config)
+        if latent_patches is not None and expand_size > 1:
+            rows = input_ids
+            if (inputs_embeds := kwargs.get("inputs_embeds")) is not None:
+                is_patch = self.model.get_image_mask(None, inputs_embeds)
+                rows = torch.where(is_patch, self.config.image_token_id, self.config.eoi_token_id)
+            documents = read_documents(rows, None, latent_patches, image_grids, self.config)
             repeated = [document for document in documents for _ in range(expand_size)]
             latent_patches = torch.cat([image for document in repeated for image in document.images])
             image_grids = image_grids.new_tensor([grid for document in repeated for grid in document.grids])

@@ -70,10 +70,10 @@ def check_patches(
         shape = None if image_grids is None else tuple(image_grids.shape)
         raise ValueError(f"image_grids has shape {shape}; give (images, 2): rows and columns of patches of each.")
     rows_times_columns = image_grids.prod(dim=1).tolist()
-    if any(count < 1 for count in rows_times_columns) or sum(rows_times_columns) != latent_patches.shape[0]:
+    if bool((image_grids < 1).any()) or sum(rows_times_columns) != latent_patches.shape[0]:
         raise ValueError(
             f"image_grids={image_grids.tolist()} hold {sum(rows_times_columns)} patches and latent_patches "
-            f"{latent_patches.shape[0]}; they must be the same, and every image needs a patch."
+            f"{latent_patches.shape[0]}; they must be the same, and every image needs a row and a column."
         )
     if (largest := max(rows_times_columns, default=0)) + 2 > config.max_position_embeddings:
         raise ValueError(
@@ -85,6 +85,8 @@ def check_patches(
     for name, value in per_image.items():
         if value is not None and tuple(value.shape) != (num_images,):
             raise ValueError(f"{name} has shape {tuple(value.shape)}; give one value for each of {num_images} images.")
+    if image_loss_mask is not None and image_loss_mask.dtype != torch.bool:
+        raise ValueError(f"image_loss_mask has dtype {image_loss_mask.dtype}; give torch.bool, as mask.bool() does.")
     if noise is not None and noise.shape != latent_patches.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; latent_patches has {tuple(latent_patches.shape)}.")
     for name, value in {"latent_patches": latent_patches, "noise": noise}.items():
@@ -94,7 +96,7 @@ def check_patches(
 
 def check_placeholders(config: TransfusionConfig, input_ids: Tensor, image_grids: Tensor) -> None:
     """Check that each run of placeholders in `input_ids` (B, L) has the length of its image; ValueError otherwise."""
-    block_ids = image_block_ids(input_ids, config.image_token_id)
+    block_ids = image_block_ids((input_ids == config.image_token_id).long(), 1)
     runs = [n for row in block_ids.tolist() for n in Counter(i for i in row if i >= 0).values()]
     expected = image_grids.prod(dim=1).tolist()
     if runs != expected:

@@ -6,6 +6,7 @@ P patches of all of them, D = latent_channels * patch_size**2.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class TransfusionRotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
+        rope_parameters: Any = config.rope_parameters
+        self.rope_type = rope_parameters["rope_type"]
         inv_freq, self.attention_scaling = self.rope_init_fn(config)
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
@@ -100,7 +102,8 @@ class TransfusionRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(config: TransfusionConfig, device: object = None) -> tuple[Tensor, float]:
         """Inverse frequencies (head_dim / 2,) of Su et al. 2021, and the attention scaling, which is 1."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+        rope_parameters: Any = config.rope_parameters
+        return rope_parameters["rope_theta"] ** -exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -155,6 +158,7 @@ class TransfusionAttention(nn.Module):
 
     def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
         super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None  # the config fills them in
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -327,6 +331,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         """(B, L), True where a patch stands; with `inputs_embeds` alone, where the placeholder's embedding does."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None  # forward refuses neither
         placeholder = self.embed_tokens(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
@@ -368,6 +373,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         image_mask = None
         if latent_patches is not None:
+            if image_grids is None:
+                raise ValueError("latent_patches came without image_grids; give both, as the processor makes them.")
             image_mask = self.get_image_mask(input_ids, inputs_embeds)
             if timesteps is None:
                 timesteps = latent_patches.new_zeros(image_grids.shape[0])
@@ -512,16 +519,16 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
                 width, values that are not finite, timesteps outside the schedule.
         """
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        if not torch.compiler.is_compiling() and self._is_to_be_checked(past_key_values, latent_patches, timesteps):
             check_inputs(self.config, input_ids, latent_patches, image_grids, timesteps, noise, image_loss_mask)
-            if timesteps is not None and not torch.compiler.is_compiling():
+            if timesteps is not None:
                 self.noise_process.validate_timesteps(timesteps)
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
             image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
         images = None
-        if latent_patches is not None and (labels is not None or noise is not None):
+        if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
             if timesteps is None:
                 timesteps = self.draw_timesteps(image_grids.shape[0], input_ids, attention_mask)
             images = self.add_noise(latent_patches, image_grids, timesteps, noise, image_loss_mask)
@@ -566,6 +573,14 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @staticmethod
+    def _is_to_be_checked(
+        past_key_values: Cache | None, latent_patches: Tensor | None, timesteps: Tensor | None
+    ) -> bool:
+        """Whether these inputs are new: tokens after a cache, and denoising steps against it, have been checked."""
+        is_committed = latent_patches is not None and timesteps is None
+        return past_key_values is None or is_committed or bool(past_key_values.get_seq_length() == 0)
 
     def draw_timesteps(self, num_images: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Draw a timestep for each image, at most half the schedule where no text precedes it (section 4.3.4)."""

@@ -16,6 +16,8 @@ from .diffusion import check_scheduler, make_scheduler
 from .latents import patchify, split_images, unpatchify
 
 
+# Where to read a checkpoint from, which must be the same for each of its parts.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -28,7 +30,7 @@ class TransfusionPipelineOutput(BaseOutput):
 
 @dataclass
 class TransfusionCaptionOutput(BaseOutput):
-    """`text`: a caption, or a list of captions for a list of images."""
+    """`text`: a caption, or a list for a list of images or several captions of one."""
 
     text: Any
 
@@ -61,14 +63,23 @@ class TransfusionPipeline(DiffusionPipeline):
 
         `kwargs` go to `AutoModel.from_pretrained` (`dtype`, `device_map`, ...).
         """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         model = AutoModel.from_pretrained(path, **kwargs)
-        processor = AutoProcessor.from_pretrained(path)
-        return cls(model, processor, scheduler or cls._load_scheduler(path, model.config.objective))
+        processor = AutoProcessor.from_pretrained(path, **hub)
+        return cls(model, processor, scheduler or cls._load_scheduler(path, model.config.objective, **hub))
+
+    def to(self, *args: Any, **kwargs: Any) -> "TransfusionPipeline":
+        """Move or cast the model as diffusers does; the VAE goes along to its device and keeps its dtype."""
+        super().to(*args, **kwargs)
+        if self.processor.vae is not None:
+            self.processor.vae.to(self.model.device)
+        return self
 
     @staticmethod
-    def _load_scheduler(path: str | Path, objective: str) -> SchedulerMixin | None:
+    def _load_scheduler(path: str | Path, objective: str, **hub: Any) -> SchedulerMixin | None:
         try:
-            config = DDIMScheduler.load_config(path, subfolder="scheduler")  # every scheduler's file has one name
+            # Every scheduler's file has one name.
+            config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
         except OSError:  # saved without a pipeline: the objective's default will do
             return None
         return type(make_scheduler(objective, config["_class_name"])).from_config(config)
@@ -126,8 +137,8 @@ class TransfusionPipeline(DiffusionPipeline):
             encoded = self.encode_prompt(negative, repeats)
             inputs |= {f"negative_{name}": value for name, value in encoded.items()}
         if latents is not None:
-            latents = patchify(latents, self.model.config.patch_size).flatten(0, 1)
-        num_inference_steps = num_inference_steps or self.model.prepare_drawing().num_inference_steps
+            latents = self.to_patches(latents, num_images, grid)
+        num_inference_steps = self.model.prepare_drawing(num_inference_steps).num_inference_steps
         with self.progress_bar(total=self.count_steps(num_inference_steps)) as progress:
 
             def after_step(step: int, timestep: Tensor, x_t: Tensor) -> Tensor | None:
@@ -136,7 +147,7 @@ class TransfusionPipeline(DiffusionPipeline):
                     return None
                 kept = {"latents": self.to_latents(x_t, grid)}
                 changed = callback_on_step_end(self, step, timestep, kept).get("latents", kept["latents"])
-                return patchify(changed, self.model.config.patch_size).flatten(0, 1)
+                return self.to_patches(changed, num_images, grid)
 
             drawn = self.model.generate_images(
                 **inputs,
@@ -165,7 +176,8 @@ class TransfusionPipeline(DiffusionPipeline):
         written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)
         new = written[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-        return TransfusionCaptionOutput(texts if isinstance(image, list | tuple) else texts[0])
+        is_one = not isinstance(image, list | tuple) and len(texts) == 1
+        return TransfusionCaptionOutput(texts[0] if is_one else texts)
 
     def encode_prompt(self, prompt: str | Sequence[str], repeats: int = 1) -> dict[str, Tensor]:
         """Token ids and mask (N, L) of each prompt, `repeats` times, on the model's device."""
@@ -203,6 +215,14 @@ class TransfusionPipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
         return len(scheduler.timesteps)
+
+    def to_patches(self, latents: Tensor, num_images: int, grid: tuple[int, int]) -> Tensor:
+        """Flat patches (P, D) of `latents` (N, C, h, w), the inverse of `to_latents`."""
+        config = self.model.config
+        expected = (num_images, config.latent_channels, *(side * config.patch_size for side in grid))
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; these prompts and sizes take {expected}.")
+        return patchify(latents, config.patch_size).flatten(0, 1)
 
     def to_latents(self, latent_patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(N, C, h, w) from the flat patches (P, D) of pictures of one grid."""

@@ -37,5 +37,7 @@ def test_captions_hold_whole_words_in_any_case() -> None:
     names = ["red heart", "red heart", "red heart", "cat"]
     assert caption_score(captions, names) == 0.5
     assert caption_score(["a category"], ["cat"]) == 0
+    assert caption_score(["a redheart"], ["heart"]) == 0
+    assert caption_score(["a red heart"], ["Red Heart"]) == 1
     with pytest.raises(ValueError, match="2 captions and 1 names"):
         caption_score(["a", "b"], ["a"])

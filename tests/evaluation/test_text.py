@@ -27,6 +27,13 @@ def test_trigram_probability_by_hand() -> None:
     assert TrigramBaseline(ROWS, vocab_size=10).probability((1, 2), 3) == pytest.approx(trigram)
 
 
+def test_perplexity_by_hand() -> None:
+    """The first token of a row is given; each after it counts alike."""
+    baseline = TrigramBaseline(ROWS, vocab_size=10)
+    probabilities = [baseline.probability((7,), 3), baseline.probability((7, 3), 1), baseline.probability((3,), 3)]
+    assert baseline.perplexity([[7, 3, 1], [3, 3]]) == pytest.approx(math.prod(probabilities) ** (-1 / 3))
+
+
 def test_perplexity_of_a_uniform_baseline_is_the_vocabulary() -> None:
     assert TrigramBaseline([], vocab_size=10).perplexity(ROWS) == pytest.approx(10)
 

@@ -119,7 +119,7 @@ def evaluate_demo(
     size = (columns * block, rows * block)
     images = [picture.image.resize(size) for picture in train]
     chosen = random.Random(settings.seed).sample(range(len(train)), min(settings.num_pictures, len(train)))
-    shown = random.Random(settings.seed).sample(held_out, settings.num_shown)
+    shown = random.Random(settings.seed).sample(held_out, min(settings.num_shown, len(held_out)))
 
     drawings = draw(pipeline, [train[index].captions[0] for index in chosen], settings)
     nearest = nearest_pictures(drawings, images, 5)
@@ -157,13 +157,14 @@ def text_scores(pipeline: Any, settings: EvaluationSettings) -> dict[str, float]
     processor, model = pipeline.processor, pipeline.model
     texts = load_glosses("held_out")[: settings.num_texts]
 
-    def ids(text: str) -> list[int]:
-        return processor(text=[{"type": "text", "text": text}], return_labels=True)["input_ids"][0]
+    def ids(texts: Sequence[str]) -> list[list[int]]:
+        rows = [[{"type": "text", "text": text}] for text in texts]
+        return processor(text=rows, return_labels=True, padding=False)["input_ids"]
 
-    baseline = TrigramBaseline(map(ids, load_glosses("train")), model.config.vocab_size)
+    baseline = TrigramBaseline(ids(load_glosses("train")), model.config.vocab_size)
     return {
         "perplexity": text_perplexity(model, processor, texts),
-        "trigram_perplexity": baseline.perplexity(map(ids, texts)),
+        "trigram_perplexity": baseline.perplexity(ids(texts)),
     }
 
 

@@ -58,7 +58,7 @@ class TrigramBaseline:
         return max(counts[token] - self.discount, 0) / total + self.discount * len(counts) / total * shorter
 
     def perplexity(self, rows: Iterable[Sequence[int]]) -> float:
-        """Perplexity of `rows` but for the first token of each, which a model without begin-of-sequence cannot guess."""
+        """Perplexity of `rows`, the first token of each excluded: nothing stands before it to guess it from."""
         logs = [
             math.log(self.probability(tuple(row[max(0, position - 2) : position]), row[position]))
             for row in rows
