@@ -1,6 +1,6 @@
 """Trains a Transfusion model.
 
-    python scripts/train.py demo --output_dir runs/demo                      # the shipped emoji, 10 minutes
+    python scripts/train.py demo --output_dir runs/demo                      # the shipped emoji, 12 minutes
     python scripts/train.py demo --output_dir runs/demo --max_minutes 30
     python scripts/train.py demo --output_dir runs/mine --data my_pictures --max_steps 2000
 

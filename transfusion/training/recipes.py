@@ -26,7 +26,7 @@ from .trainer import TransfusionTrainer
 
 logger = logging.getLogger(__name__)
 
-DEMO_MINUTES = 10.0
+DEMO_MINUTES = 12.0
 DEMO_PROMPTS = (
     "a red heart",
     "a pizza",
@@ -61,14 +61,14 @@ class DemoRecipe:
 
     image_size: int = 64
     objective: str = "flow"
-    batch_size: int = 32
+    batch_size: int = 64
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     warmup: float = 0.03
     ema_decay: float = 0.999
-    text_ratio: float = 0.3
+    text_ratio: float = 0.25
     max_text_tokens: int = 28
     caption_first: float = 0.7
     text_dropout: float = 0.1
