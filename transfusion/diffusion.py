@@ -320,6 +320,18 @@ def make_noise_process(
     return RectifiedFlow(num_train_timesteps, timestep_density, timestep_mean, timestep_std, timestep_shift)
 
 
+def noise_process_of(config: Any) -> NoiseProcess:
+    """The noise process that a model of `config`, a `TransfusionConfig`, trains with."""
+    return make_noise_process(
+        config.objective,
+        num_train_timesteps=config.num_train_timesteps,
+        timestep_density=config.timestep_density,
+        timestep_mean=config.timestep_mean,
+        timestep_std=config.timestep_std,
+        timestep_shift=config.timestep_shift,
+    )
+
+
 def make_scheduler(
     objective: str, name: str | None = None, shift: float = 1.0, num_train_timesteps: int = 1000
 ) -> Any:
@@ -401,4 +413,5 @@ __all__ = [
     "convert_prediction",
     "make_noise_process",
     "make_scheduler",
+    "noise_process_of",
 ]

@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import TransfusionConfig
-from .diffusion import NoiseProcess, make_noise_process
+from .diffusion import NoiseProcess, noise_process_of
 from .generation import TransfusionGenerationMixin
 from .inputs import check_inputs, images_without_prior_text, learned_labels
 from .latents import image_block_ids, patch_image_index
@@ -483,14 +483,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
     @property
     def noise_process(self) -> NoiseProcess:
         """The noise process of the config's objective."""
-        return make_noise_process(
-            self.config.objective,
-            num_train_timesteps=self.config.num_train_timesteps,
-            timestep_density=self.config.timestep_density,
-            timestep_mean=self.config.timestep_mean,
-            timestep_std=self.config.timestep_std,
-            timestep_shift=self.config.timestep_shift,
-        )
+        return noise_process_of(self.config)
 
     @can_return_tuple
     def forward(

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..configuration import TransfusionConfig
 from ..denoising import hide_text
-from ..diffusion import NoiseProcess, make_noise_process
+from ..diffusion import noise_process_of
 from ..inputs import check_inputs, images_without_prior_text
 from ..latents import patch_image_index
 
@@ -152,18 +152,6 @@ def pad_rows(rows: list[Tensor], value: int) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def noise_process_of(config: TransfusionConfig) -> NoiseProcess:
-    """The noise process that a model of `config` trains with."""
-    return make_noise_process(
-        config.objective,
-        num_train_timesteps=config.num_train_timesteps,
-        timestep_density=config.timestep_density,
-        timestep_mean=config.timestep_mean,
-        timestep_std=config.timestep_std,
-        timestep_shift=config.timestep_shift,
-    )
-
-
 def draw(sample_seed: int | None, num_images: int, latent_patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw for one sample: uniform numbers (1,) for text dropout and (N_i,) for noise levels, and noise (P_i, D)."""
     if num_images == 0:
@@ -199,4 +187,4 @@ def _as_id(token_id: int | None) -> int:
     return -1 if token_id is None else token_id
 
 
-__all__ = ["IGNORE_INDEX", "TransfusionDataCollator", "draw", "droppable_text", "noise_process_of", "pad_rows"]
+__all__ = ["IGNORE_INDEX", "TransfusionDataCollator", "draw", "droppable_text", "pad_rows"]
