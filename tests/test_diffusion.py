@@ -4,6 +4,7 @@ For data N(MEAN, STD**2), `x_t` is N(alpha * MEAN, alpha**2 * STD**2 + sigma**2)
 mean, and the probability-flow ODE keeps `(x_t - alpha * MEAN) / std(x_t)`. So every sampler's error can be measured.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from transfusion.configuration import TransfusionConfig
 from transfusion.diffusion import (
     DDPM,
     PREDICTION_TYPES,
@@ -27,6 +29,7 @@ from transfusion.diffusion import (
     convert_prediction,
     make_noise_process,
     make_scheduler,
+    noise_process_of,
 )
 
 
@@ -303,6 +306,33 @@ def test_ddpm_timesteps_stop_at_999_and_499() -> None:
     assert DDPM().timestep_from_uniform(u, capped).tolist() == [0, 0, 999, 499]
     assert DDPM().noise_limit == 499
     assert RectifiedFlow().noise_limit == 500.0
+
+
+@pytest.mark.parametrize("process", FLOWS, ids=str)
+@pytest.mark.parametrize("share", [0.2, 0.8, 1.0])
+def test_another_share_truncates_the_density_of_flow_there(process: RectifiedFlow, share: float) -> None:
+    process = dataclasses.replace(process, limited_share=share)
+    u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    capped = process.timestep_from_uniform(u, torch.ones(999, dtype=torch.bool)).numpy()
+    below_limit = flow_distribution(process, np.array([share * process.num_train_timesteps]))
+    np.testing.assert_allclose(flow_distribution(process, capped), u.numpy() * below_limit, atol=1e-12)
+
+
+@pytest.mark.parametrize(("share", "limit"), [(0.2, 200), (0.9995, 1000), (1.0, 1000), (0.0001, 1)])
+def test_another_share_limits_ddpm_to_as_many_timesteps(share: float, limit: int) -> None:
+    process = DDPM(limited_share=share)
+    u = (torch.arange(10 * limit, dtype=torch.float64) + 0.5) / (10 * limit)
+    capped = process.timestep_from_uniform(u, torch.ones(len(u), dtype=torch.bool))
+    assert capped.bincount().tolist() == [10] * limit
+
+
+@pytest.mark.parametrize("objective", PROCESSES)
+def test_a_config_sets_the_share(objective: str) -> None:
+    for share in (0.25, 1.0):
+        process = noise_process_of(TransfusionConfig(objective=objective, noise_limit=share))
+        assert process.limited_share == share
+    with pytest.raises(ValueError, match="noise_limit is 0"):
+        make_noise_process(objective, noise_limit=0)
 
 
 @pytest.mark.parametrize("objective", PROCESSES)

@@ -9,7 +9,7 @@ Scales are computed in float32 at least, whatever the dtype of the latents, and 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,14 +85,18 @@ class NoiseProcess(ABC):
 
     Attributes:
         num_train_timesteps: T, the length of the schedule.
+        limited_share: Share of the schedule below `noise_limit`.
     """
 
     num_train_timesteps: int = 1000
+    limited_share: float = field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the schedule."""
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; give 1 or more.")
+        if not 0 < self.limited_share <= 1:
+            raise ValueError(f"noise_limit is {self.limited_share}; give a share of the schedule above 0, up to 1.")
 
     @property
     @abstractmethod
@@ -177,8 +181,8 @@ class DDPM(NoiseProcess):
 
     @property
     def noise_limit(self) -> int:
-        """The last timestep of the lower half: 499 of 0..999."""
-        return (self.num_train_timesteps - 1) // 2
+        """The last timestep of the lower share: for the half, 499 of 0..999."""
+        return math.ceil(self.num_train_timesteps * self.limited_share) - 1
 
     def scales(self, timestep: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """`sqrt(alpha_bar)` and `sqrt(1 - alpha_bar)` at integer `timestep` (N,): two (N,) in `dtype`.
@@ -254,8 +258,8 @@ class RectifiedFlow(NoiseProcess):
 
     @property
     def noise_limit(self) -> float:
-        """Half the schedule: 500.0 of 1000."""
-        return self.num_train_timesteps / 2
+        """The end of the lower share: for the half, 500.0 of 1000."""
+        return self.num_train_timesteps * self.limited_share
 
     def scales(self, timestep: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """`1 - sigma` and `sigma` at `timestep` (N,): two (N,) in `dtype`."""
@@ -292,10 +296,13 @@ class RectifiedFlow(NoiseProcess):
         return sigma * self.num_train_timesteps
 
     def _probability_below_limit(self) -> float:
-        """The probability of a draw below half the schedule; the shift moves sigma = 1 / (1 + shift) to one half."""
+        """The probability of a draw below the limit: of a sigma whose odds, which the shift multiplies, are below."""
+        if self.limited_share == 1:
+            return 1.0
+        odds = self.limited_share / (1 - self.limited_share)
         if self.timestep_density == "uniform":
-            return 1 / (1 + self.timestep_shift)
-        deviations = (-math.log(self.timestep_shift) - self.timestep_mean) / self.timestep_std
+            return 1 / (1 + self.timestep_shift / odds)
+        deviations = (math.log(odds) - math.log(self.timestep_shift) - self.timestep_mean) / self.timestep_std
         return math.erfc(-deviations / math.sqrt(2)) / 2
 
 
@@ -306,6 +313,7 @@ def make_noise_process(
     timestep_mean: float = 0.0,
     timestep_std: float = 1.0,
     timestep_shift: float = 1.0,
+    noise_limit: float = 0.5,
 ) -> NoiseProcess:
     """The noise process of a config's `objective`: `DDPM` for `"ddpm"`, `RectifiedFlow` for `"flow"`.
 
@@ -316,8 +324,15 @@ def make_noise_process(
     """
     _check_objective(objective)
     if objective == "ddpm":
-        return DDPM(num_train_timesteps)
-    return RectifiedFlow(num_train_timesteps, timestep_density, timestep_mean, timestep_std, timestep_shift)
+        return DDPM(num_train_timesteps, limited_share=noise_limit)
+    return RectifiedFlow(
+        num_train_timesteps,
+        timestep_density,
+        timestep_mean,
+        timestep_std,
+        timestep_shift,
+        limited_share=noise_limit,
+    )
 
 
 def noise_process_of(config: Any) -> NoiseProcess:
@@ -329,6 +344,7 @@ def noise_process_of(config: Any) -> NoiseProcess:
         timestep_mean=config.timestep_mean,
         timestep_std=config.timestep_std,
         timestep_shift=config.timestep_shift,
+        noise_limit=config.noise_limit,
     )
 
 
