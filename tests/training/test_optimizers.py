@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 
 from tests.tiny import make_batch, tiny_model
@@ -33,6 +34,19 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decays[id(parameter)] == (0.5 if parameter.ndim == 2 and "embed_tokens" not in name else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "manifold"])
+def test_residual_streams_learn_by_adamw_and_their_static_part_does_not_decay(kind: str) -> None:
+    model = tiny_model(num_residual_streams=2, hyper_connections=kind).float()
+    optimizer = MuonAdamW(model, lr=0.01, weight_decay=0.5)
+    connections = {name: p for name, p in model.named_parameters() if "_connection." in name}
+    decayed = {name for name in connections if name.endswith(".dynamic_weight")}
+    assert len(connections) == (12 if kind == "static" else 20)
+    decays = {id(p): group["weight_decay"] for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in connections.items()} == {
+        name: 0.5 if name in decayed else 0.0 for name in connections
+    }
 
 
 def test_a_step_is_the_step_of_muon_and_of_adamw() -> None:

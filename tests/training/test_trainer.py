@@ -226,11 +226,24 @@ def test_half_precision_training(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_weight_decay_spares_norms(tmp_path: Path) -> None:
-    model = tiny_model(qk_norm=True)
-    decayed = set(Trainer(model, arguments(tmp_path)).get_decay_parameter_names(model))
+@pytest.mark.parametrize("patch_codec", ["linear", "unet"])
+def test_weight_decay_spares_norms(patch_codec: str, tmp_path: Path) -> None:
+    model = tiny_model(qk_norm=True, patch_codec=patch_codec)
+    trainer = TransfusionTrainer(model, arguments(tmp_path), train_dataset=RowList([]))
+    decayed = set(trainer.get_decay_parameter_names(model))
     for name, parameter in model.named_parameters():
         assert (name in decayed) == (parameter.ndim > 1), name
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "manifold"])
+def test_weight_decay_spares_static_parameters_of_streams(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(num_residual_streams=2, hyper_connections=kind)
+    args = arguments(tmp_path, weight_decay=0.5)
+    groups = TransfusionTrainer(model, args, train_dataset=RowList([])).create_optimizer().param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim < 2 or name.endswith("_connection.static_mix")
+        assert decays[id(parameter)] == (0.0 if spared else 0.5), name
 
 
 def test_final_model_has_averaged_weights_and_no_pickle(tmp_path: Path) -> None:

@@ -4,18 +4,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..hyper_connections import is_connection_parameter, is_undecayed_parameter
+
+
+def is_muon_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether `parameter` maps hidden states to hidden states, in a decoder layer: what Muon is for."""
+    return parameter.ndim == 2 and ".layers." in name and not is_connection_parameter(name)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether `parameter` is a matrix whose neutral value is zero."""
+    return parameter.ndim >= 2 and "embed_tokens" not in name and not is_undecayed_parameter(name)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) on the attention and feed-forward matrices, AdamW on embeddings, heads, norms, biases.
+    """Muon (Jordan et al. 2024) on the attention and feed-forward matrices, AdamW on all else.
 
     Muon orthogonalises the momentum of a matrix, so that every direction of it learns. Its steps are scaled to the
     size of AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate serves both.
 
     Args:
         model: Its decoder layers are found by the name `layers`, as transformers has them.
-        lr, weight_decay: Of both; no weight decay on vectors and embeddings.
+        lr, weight_decay: Of both; no weight decay on vectors, embeddings, and static parameters of residual streams.
         betas: AdamW's.
         momentum: Muon's.
     """
@@ -29,11 +41,10 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-        is_matrix = {id(p) for p in matrices}
-        others = [(name, p) for name, p in named if id(p) not in is_matrix]
-        undecayed = [p for name, p in others if p.ndim < 2 or "embed_tokens" in name]
-        decayed = [p for name, p in others if not (p.ndim < 2 or "embed_tokens" in name)]
+        matrices = [p for name, p in named if is_muon_matrix(name, p)]
+        others = [(name, p) for name, p in named if not is_muon_matrix(name, p)]
+        decayed = [p for name, p in others if decays(name, p)]
+        undecayed = [p for name, p in others if not decays(name, p)]
         self.muon = torch.optim.Muon(
             matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from ..hyper_connections import is_undecayed_parameter
 from ..inputs import learned_labels
 from ..latents import image_block_ids, patch_image_index
 from .averaging import EmaCallback
@@ -165,6 +166,12 @@ class TransfusionTrainer(Trainer):
             checkpoint = resume_from_checkpoint or None
             self._ema.checkpoint = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay: neither norms and biases, nor static parameters of residual streams."""
+        vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}  # group norms too
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name not in vectors and not is_undecayed_parameter(name)]
 
     # -- losses
 
