@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from transfusion.configuration import PRESETS, TransfusionConfig
+from transfusion import TransfusionModel
+from transfusion.configuration import PAPER_UNET_CHANNELS, PRESETS, TransfusionConfig
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
 
@@ -82,6 +83,25 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"pad_token_id": 32003}, ["pad_token_id=32003", "below vocab_size (32003)"]),
     ({"default_image_grid": (100, 100)}, ["(100, 100)", "10002", "4096"]),
     ({"default_image_grid": (4,)}, ["default_image_grid=(4,)", "(rows, columns)"]),
+    ({"patch_codec": "conv"}, ["patch_codec='conv'", "'linear'", "'unet'"]),
+    ({"patch_codec": "unet", "patch_size": 3}, ["patch_size=3", "power of two"]),
+    ({"patch_codec": "unet", "unet_channels": (32,)}, ["unet_channels=(32,)", "2 positive integers", "patch_size=2"]),
+    ({"image_rope": 2}, ["image_rope=2", "'2d'"]),
+    ({"image_attention": "full"}, ["image_attention='full'", "'causal'"]),
+    ({"num_residual_streams": 0}, ["num_residual_streams=0", "positive integer"]),
+    ({"hyper_connections": "deep"}, ["hyper_connections='deep'", "'static'"]),
+    ({"modality_experts": "mlp"}, ["modality_experts='mlp'", "None", "'ffn'", "'all'"]),
+    ({"noise_limit": 0}, ["noise_limit=0", "above 0"]),
+    ({"size_token_grids": [(2, 2)]}, ["size_token_grids=[(2, 2)]", "one length"]),
+    ({"size_token_grids": [(2, 2), [2, 2]], "size_token_ids": [5, 6]}, ["no grid twice"]),
+    ({"size_token_grids": [(70, 70)], "size_token_ids": [5]}, ["(70, 70)", "4094"]),
+    ({"size_token_grids": [(2, 2)], "size_token_ids": [32000]}, ["size_token_ids=[32000]", "different ids"]),
+    ({"patch_codec": "unet", "unet_channels": 256}, ["unet_channels=256", "list of positive integers"]),
+    ({"unet_channels": (32, 64)}, ["unet_channels=(32, 64)", "patch_codec is 'unet'"]),
+    ({"size_token_grids": (4, 4), "size_token_ids": [5, 6]}, ["size_token_grids=(4, 4)", "(rows, columns)"]),
+    ({"size_token_grids": [(4, 4)], "size_token_ids": [[5]]}, ["size_token_ids=[[5]]", "list of ids"]),
+    ({"size_token_grids": [(4, 4)], "size_token_ids": [2]}, ["size_token_ids=[2]", "none of"]),
+    ({"boi_token_id": 2}, ["boi_token_id", "none of the ids that begin, end or pad texts: [2]"]),
     ({"hiden_size": 64}, ["hiden_size=64", "did you mean hidden_size"]),
     ({"completely_unknown": 1}, ["completely_unknown=1", "not a field"]),
 ]
@@ -115,3 +135,39 @@ def test_unknown_preset_names_the_known() -> None:
 
 def test_a_short_context_takes_a_smaller_default_grid() -> None:
     assert TransfusionConfig(max_position_embeddings=20).default_image_grid == (4, 4)
+
+
+def test_size_tokens_name_a_grid_and_back() -> None:
+    config = TransfusionConfig(size_token_grids=[(2, 3), (4, 4)], size_token_ids=[7, 8])
+    boi = config.boi_token_id
+    assert config.boi_token_ids == (boi, 7, 8)
+    assert [config.boi_token_for(grid) for grid in ((2, 3), (4, 4), (3, 2))] == [7, 8, boi]
+    assert [config.grid_of_boi(token) for token in (7, 8, boi, 9)] == [(2, 3), (4, 4), None, None]
+    again = TransfusionConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.boi_token_for((4, 4)) == 8 and again.grid_of_boi(7) == (2, 3)
+
+
+def test_unet_widths_are_small_by_default_and_the_papers_in_its_presets() -> None:
+    assert TransfusionConfig(
+        patch_codec="unet", hidden_size=256, num_attention_heads=4, patch_size=4
+    ).unet_channels == (
+        32,
+        64,
+        128,
+    )
+    assert TransfusionConfig(patch_codec="linear").unet_channels is None
+    with pytest.raises(ValueError, match="patch_size=16 is none of the paper's"):
+        TransfusionConfig.from_preset("7b", patch_codec="unet", patch_size=16)
+    for patch_size, widths in PAPER_UNET_CHANNELS.items():
+        config = TransfusionConfig.from_preset("7b", patch_codec="unet", patch_size=patch_size)
+        assert config.unet_channels == widths
+
+
+@pytest.mark.parametrize("kind", [None, "ffn", "all"])
+def test_every_projection_of_a_layer_has_a_tensor_parallel_rule_and_every_rule_a_projection(kind: str | None) -> None:
+    config = TransfusionConfig(modality_experts=kind, num_residual_streams=2)
+    with torch.device("meta"):
+        layer = TransfusionModel(config).layers[0]
+    projections = {f"layers.*.{name}" for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(config.base_model_tp_plan) == projections
+    assert "tp_plan" not in config.to_json_string()

@@ -55,6 +55,23 @@ def test_mask_is_the_docstrings_drawing() -> None:
     assert torch.equal(full_mask(tiny_model(), input_ids, None)[0, 0], drawn)
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic", "manifold"])
+def test_a_plain_checkpoint_opened_with_more_streams_is_the_plain_model(kind: str, tmp_path: Path) -> None:
+    plain = TransfusionForMultimodalGeneration(tiny_config())
+    plain.save_pretrained(tmp_path)
+    wider = AutoModel.from_pretrained(tmp_path, num_residual_streams=2, hyper_connections=kind)
+    input_ids = torch.tensor([[5, 6, 7, 8]])
+    assert wider.model.layers[1].mlp_connection.static_mix.shape == (2, 2)
+    torch.testing.assert_close(wider(input_ids).logits, plain(input_ids).logits, atol=1e-6, rtol=0)
+
+
+def test_images_can_be_causal_too(batch: dict[str, Tensor]) -> None:
+    model = tiny_model(image_attention="causal")
+    mask = full_mask(model, batch["input_ids"], batch["attention_mask"])
+    for row, visible, row_mask in zip(batch["input_ids"], batch["attention_mask"], mask, strict=True):
+        assert torch.equal(row_mask[0], slow_mask([False] * len(row)) & visible.bool())
+
+
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_mask_equals_the_slow_one(batch: dict[str, Tensor], attn_implementation: str) -> None:
     model = tiny_model()
@@ -70,7 +87,7 @@ def influence(model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor
     embeds = model.model.embed_tokens(batch["input_ids"])
     is_patch = batch["input_ids"] == 99
     timesteps = torch.zeros(len(batch["image_grids"]))
-    patches = model.model.patch_encoder(batch["latent_patches"], timesteps, batch["image_grids"])
+    patches, _ = model.model.patch_encoder(batch["latent_patches"], timesteps, batch["image_grids"])
     embeds = embeds.masked_scatter(is_patch[..., None], patches).detach().requires_grad_()
     config = model.config
     mask = transfusion_mask(config, embeds, None, None, is_patch)
@@ -225,7 +242,8 @@ def test_what_is_absent_is_drawn_and_capped_before_text(
     capped = images_without_prior_text(batch["input_ids"], batch["attention_mask"], model.config)
     assert capped.tolist() == [False, True, False]
     torch.manual_seed(0)
-    draws = torch.stack([model.draw_timesteps(3, batch["input_ids"], batch["attention_mask"]) for _ in range(500)])
+    grids = batch["image_grids"]
+    draws = torch.stack([model.draw_timesteps(grids, batch["input_ids"], batch["attention_mask"]) for _ in range(500)])
     limit = model.noise_process.noise_limit
     assert draws[:, 1].max() <= limit
     assert (draws[:, [0, 2]] > limit).float().mean() == pytest.approx(0.5, abs=0.1)
@@ -348,7 +366,7 @@ def test_gradient_checkpointing_changes_nothing(batch: dict[str, Tensor]) -> Non
     for enabled in (False, True):
         model = tiny_model(objective="flow").train()
         if enabled:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         zeros = torch.zeros_like(batch["latent_patches"])
         output = model(**batch, labels=labels_of(batch), timesteps=torch.tensor([1.0, 2.0, 3.0]), noise=zeros)
         output.loss.backward()

@@ -1,9 +1,19 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from transfusion.positions import AXIS_FREQUENCY_DIM, ContinuousAxialPositionalEmbedding, sinusoids
+from tests.tiny import document, make_batch, tiny_config, tiny_model
+from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+from transfusion.positions import (
+    AXIS_FREQUENCY_DIM,
+    ContinuousAxialPositionalEmbedding,
+    TransfusionRotaryEmbedding,
+    apply_rotary_pos_emb,
+    patch_position_ids,
+    sinusoids,
+)
 
 
 def test_sinusoids_by_the_formula() -> None:
@@ -56,3 +66,127 @@ def test_bfloat16_keeps_large_coordinates_apart() -> None:
 def test_wrong_number_of_axes() -> None:
     with pytest.raises(ValueError, match=r"sizes=\(2, 2, 2\) has 3 axes; this embedding has 2"):
         ContinuousAxialPositionalEmbedding(8)((2, 2, 2))
+
+
+# -- rotary positions of two axes
+
+
+def slow_positions(ids: list[int], grids: list[tuple[int, int]], start: int) -> list[tuple[float, float]]:
+    """Walk along a row: text stands on the diagonal, and an image has its middle in the middle of its positions."""
+    positions: list[tuple[float, float]] = []
+    grids = list(grids)
+    while len(positions) < len(ids):
+        here = start + len(positions)
+        if ids[len(positions)] != 99:
+            positions.append((here, here))
+            continue
+        rows, columns = grids.pop(0)
+        middle = here + (rows * columns - 1) / 2
+        positions += [
+            (middle + row - (rows - 1) / 2, middle + column - (columns - 1) / 2)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+    return positions
+
+
+def test_patches_stand_at_row_and_column_around_the_middle_of_their_image() -> None:
+    rows: list[list[int | tuple[int, int]]] = [[5, (2, 3), 6, (1, 4), 7], [(3, 3), 5, 6, (1, 1), 8, 8, 8, 8]]
+    batch = make_batch(rows)
+    start = torch.tensor([[0], [40]])
+    flat = torch.arange(batch["input_ids"].shape[1])[None] + start
+    is_patch = batch["input_ids"] == 99
+    found = patch_position_ids(flat, is_patch, batch["image_grids"], int(is_patch.sum()))
+    for row, parts in enumerate(rows):
+        grids = [part for part in parts if isinstance(part, tuple)]
+        expected = slow_positions(document(*parts), grids, int(start[row]))
+        assert found[row, : len(expected)].tolist() == [list(place) for place in expected]
+
+
+def test_text_is_turned_by_two_axes_as_by_one_to_the_bit() -> None:
+    rotary = TransfusionRotaryEmbedding(tiny_config())
+    flat = torch.randint(0, 4096, (2, 50))
+    for one, two in zip(
+        rotary(torch.zeros(1), flat), rotary(torch.zeros(1), flat[..., None].repeat(1, 1, 2)), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+def test_attention_between_patches_depends_on_how_far_apart_their_rows_and_columns_are() -> None:
+    rotary = TransfusionRotaryEmbedding(tiny_config(head_dim=16))
+    query, key = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double()
+
+    def score(place: list[float], other: list[float]) -> float:
+        cos, sin = rotary(query, torch.tensor([[place, other]]))
+        turned = apply_rotary_pos_emb(query.repeat(1, 1, 2, 1), key.repeat(1, 1, 2, 1), cos, sin)
+        return float((turned[0][0, 0, 0] * turned[1][0, 0, 1]).sum())
+
+    assert score([3, 5], [1, 9]) == pytest.approx(score([13, 25], [11, 29]), abs=1e-5)
+    assert score([3, 5], [1, 9]) != pytest.approx(score([5, 3], [9, 1]), abs=1e-3)
+
+
+def test_two_axes_turn_by_alternating_frequencies() -> None:
+    config = tiny_config(head_dim=8)
+    rotary = TransfusionRotaryEmbedding(config)
+    cos, sin = rotary(torch.zeros(1), torch.tensor([[[3.5, 7.0]]]))
+    frequencies = [10000 ** (-k / 4) for k in range(4)]
+    angles = [place * frequency for place, frequency in zip([3.5, 7.0, 3.5, 7.0], frequencies, strict=True)]
+    assert cos[0, 0].tolist() == pytest.approx([math.cos(angle) for angle in angles] * 2, abs=1e-5)
+    assert sin[0, 0].tolist() == pytest.approx([math.sin(angle) for angle in angles] * 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"axial_positions": True}, {"image_rope": "2d"}], ids=str)
+def test_permuting_patches_changes_more_than_their_order(overrides: dict[str, bool | str]) -> None:
+    model = tiny_model(**overrides)
+    batch = make_batch([[5, (2, 3), 6]])
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    timesteps = torch.tensor([300])
+    straight = model(**batch, timesteps=timesteps).image_prediction
+    batch["latent_patches"] = batch["latent_patches"][order]
+    permuted = model(**batch, timesteps=timesteps).image_prediction
+    assert (permuted - straight[order]).abs().max() > 1e-4
+
+
+# -- what positions are for
+
+TOP_AND_BOTTOM = torch.tensor([1.0, 1.0, -1.0, -1.0])
+
+
+def drawn_contrast(model: TransfusionForMultimodalGeneration) -> float:
+    """Train on a picture whose upper rows are +1 and lower ones -1; how much of it is drawn then: 1 is all, 0 nothing.
+
+    All patches get one rotary position, as in the best-known implementation.
+    """
+    rows, steps = 4, 10
+    ids = torch.tensor([document(5, (4, 4))]).repeat(rows, 1)
+    position_ids = torch.where(ids == 99, 2, torch.arange(ids.shape[1]))
+    common = {"input_ids": ids, "position_ids": position_ids, "image_grids": torch.tensor([[4, 4]] * rows)}
+    x_0 = TOP_AND_BOTTOM.repeat_interleave(4)[:, None].repeat(rows, model.config.patch_dim)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        noise = torch.randn(x_0.shape, generator=generator)
+        timesteps = 1000 * torch.rand(rows, generator=generator)
+        optimizer.zero_grad()
+        model(**common, latent_patches=x_0, timesteps=timesteps, noise=noise).loss.backward()
+        optimizer.step()
+    x_t = torch.randn(x_0.shape, generator=generator)
+    for step in range(steps, 0, -1):
+        timesteps = torch.full((rows,), 1000.0 * step / steps)
+        with torch.no_grad():
+            x_t = x_t - model(**common, latent_patches=x_t, timesteps=timesteps).image_prediction / steps
+    return float((x_t * x_0).mean())
+
+
+def test_a_picture_of_top_and_bottom_is_learnt_where_positions_tell_them_apart() -> None:
+    options: list[dict[str, Any]] = [{}, {"axial_positions": True}, {"image_rope": "2d"}]
+    contrasts = []
+    for overrides in options:
+        torch.manual_seed(0)
+        contrasts.append(
+            drawn_contrast(TransfusionForMultimodalGeneration(tiny_config(objective="flow", **overrides)))
+        )
+    blind, axial, rotary = contrasts
+    assert abs(blind) < 0.2
+    assert 0.8 < axial < 1.2
+    assert 0.8 < rotary < 1.2

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -10,6 +11,11 @@ from transformers.modeling_rope_utils import RopeParameters
 
 OBJECTIVES = ("ddpm", "flow")
 TIMESTEP_DENSITIES = ("uniform", "logit_normal")
+PATCH_CODECS = ("linear", "linear_skip", "unet")
+IMAGE_ATTENTIONS = ("bidirectional", "causal")
+IMAGE_ROPES = ("1d", "2d")
+HYPER_CONNECTIONS = ("dynamic", "static", "manifold")
+MODALITY_EXPERTS = ("ffn", "all")
 
 # Paper, Table 2: layers, width, heads. The feed-forward width is Llama's rule, which the paper does not state.
 _PAPER_SIZES = {
@@ -34,11 +40,15 @@ PRESETS["demo"] = {
     "qk_norm": True,
     "latent_channels": 8,
     "patch_size": 4,
+    "patch_codec": "linear_skip",
     "axial_positions": True,
     "objective": "flow",
     "timestep_mean": 1.0,
     "default_image_grid": (4, 4),
 }
+
+# The paper says 0.27 billion parameters, whatever the patch size, and no widths; these come to it.
+PAPER_UNET_CHANNELS = {2: (512, 1152), 4: (384, 640, 1024), 8: (192, 384, 640, 1024)}
 
 # Keys that transformers itself writes to a config.json or passes to a config, beside the fields of its dataclass.
 _TRANSFORMERS_KEYS = frozenset(
@@ -64,14 +74,30 @@ class TransfusionConfig(PreTrainedConfig):
         attention_bias, mlp_bias, qk_norm: Biases and the RMSNorm on queries and keys that Qwen-like checkpoints have.
         latent_channels: Channels of the image latents (3 where pixels are the latents).
         patch_size: Side of a square patch, in latent positions.
+        patch_codec: What stands between patches and the transformer: `"linear"` layers, or the `"unet"` of the paper
+            (section 3), whose down blocks come before the transformer and whose up blocks after it. `"linear_skip"`
+            has linear layers and of the U-Net only the way around the transformer.
+        unet_channels: Width of each level of the U-Net, from the full latent resolution down to one position per
+            patch: one more than `patch_size` halves into 1. By default small beside `hidden_size`.
+        unet_layers_per_block: Residual blocks per level on the way down; the way up has one more.
         axial_positions: Whether a continuous axial embedding tells each patch its row and column.
+        image_rope: Rotary positions of patches: `"1d"`, the flat index (paper), or `"2d"`, their row and column.
+        image_attention: `"bidirectional"` inside each image, or `"causal"`, which the paper compares (Table 5).
+        num_residual_streams: 1 is the plain residual; more are mixed by `hyper_connections`.
+        hyper_connections: `"dynamic"` or `"static"` (arXiv:2409.19606), or `"manifold"` (arXiv:2512.24880).
+        modality_experts: Weights of their own for patches: `"ffn"` the feed-forward layers, `"all"` the attention
+            projections and norms too (Mixture-of-Transformers, arXiv:2411.04996), or None.
         objective: `"ddpm"` (epsilon prediction under the cosine schedule: the paper) or `"flow"` (rectified flow).
         image_loss_weight: The weight of the image loss beside the text loss (paper, equation 4: 5).
         num_train_timesteps: Length of the noise schedule.
+        noise_limit: Share of the schedule to which an image that no text precedes is noised at most (paper, section
+            4.3.4: 0.5); 1 is no limit.
         timestep_density, timestep_mean, timestep_std, timestep_shift: How `flow` draws noise levels in training
             (Esser et al. 2024, arXiv:2403.03206, sections 3.1 and 5.3.2); `ddpm` draws them uniformly.
         boi_token_id, eoi_token_id, image_token_id: Begin-of-image, end-of-image and patch placeholder. By default the
             last three ids of the vocabulary, in this order.
+        size_token_grids, size_token_ids: Further begin-of-image tokens, each of which stands for one grid of (rows,
+            columns), so that the model itself chooses the size of the picture it begins.
         default_image_grid: (rows, columns) of patches of a picture whose size nobody names. By default (16, 16), the
             paper's 256 patches, or the largest square that fits into `max_position_embeddings`.
     """
@@ -112,10 +138,19 @@ class TransfusionConfig(PreTrainedConfig):
 
     latent_channels: int = 8
     patch_size: int = 2
+    patch_codec: str = "linear"
+    unet_channels: tuple[int, ...] | list[int] | None = None
+    unet_layers_per_block: int = 2
     axial_positions: bool = False
+    image_rope: str = "1d"
+    image_attention: str = "bidirectional"
+    num_residual_streams: int = 1
+    hyper_connections: str = "dynamic"
+    modality_experts: str | None = None
     objective: str = "ddpm"
     image_loss_weight: int | float = 5.0
     num_train_timesteps: int = 1000
+    noise_limit: int | float = 0.5
     timestep_density: str = "logit_normal"
     timestep_mean: int | float = 0.0
     timestep_std: int | float = 1.0
@@ -123,6 +158,8 @@ class TransfusionConfig(PreTrainedConfig):
     boi_token_id: int | None = None
     eoi_token_id: int | None = None
     image_token_id: int | None = None
+    size_token_grids: list[tuple[int, int]] | list[list[int]] | None = None
+    size_token_ids: list[int] | None = None
     default_image_grid: tuple[int, int] | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -144,6 +181,10 @@ class TransfusionConfig(PreTrainedConfig):
             self.default_image_grid = (side, side)
         rows, columns = self.default_image_grid
         self.default_image_grid = (rows, columns)
+        if self.patch_codec == "unet" and self.unet_channels is None:
+            self.unet_channels = _small_unet_channels(self.hidden_size, self.patch_size)
+        if self.modality_experts is not None:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **_EXPERT_TP_PLANS[self.modality_experts]}
         super().__post_init__(**kwargs)
         self._check_architecture()
 
@@ -152,12 +193,37 @@ class TransfusionConfig(PreTrainedConfig):
         """Return the config of a named size: the paper's five (Table 2) or `"demo"`; `overrides` replace fields."""
         if name not in PRESETS:
             raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        preset = dict(PRESETS[name])
+        if name in _PAPER_SIZES and overrides.get("patch_codec") == "unet":
+            patch_size = overrides.get("patch_size", cls.patch_size)
+            if patch_size not in PAPER_UNET_CHANNELS and "unet_channels" not in overrides:
+                raise ValueError(
+                    f"patch_size={patch_size!r} is none of the paper's ({', '.join(map(str, PAPER_UNET_CHANNELS))}); "
+                    "give unet_channels with it."
+                )
+            preset["unet_channels"] = PAPER_UNET_CHANNELS.get(patch_size)
+        return cls(**{**preset, **overrides})
 
     @property
     def patch_dim(self) -> int:
         """Length of a patch vector, laid out (channel, row in patch, column in patch)."""
         return self.latent_channels * self.patch_size**2
+
+    @property
+    def boi_token_ids(self) -> tuple[int, ...]:
+        """Every begin-of-image token: the plain one, then those that stand for a grid."""
+        assert self.boi_token_id is not None  # __post_init__ filled it in
+        return (self.boi_token_id, *(self.size_token_ids or ()))
+
+    def boi_token_for(self, grid: tuple[int, int]) -> int:
+        """The begin-of-image token of an image of `grid` (rows, columns): its size token, or else the plain one."""
+        tokens = zip(self.size_token_grids or (), self.size_token_ids or (), strict=True)
+        return {tuple(sized): token for sized, token in tokens}.get(tuple(grid), self.boi_token_ids[0])
+
+    def grid_of_boi(self, token_id: int) -> tuple[int, int] | None:
+        """The grid (rows, columns) that a size token stands for; None for any other token."""
+        tokens = zip(self.size_token_ids or (), self.size_token_grids or (), strict=True)
+        return {token: (rows, columns) for token, (rows, columns) in tokens}.get(token_id)
 
     def validate(self) -> None:
         """Check every field again; transformers calls this before it saves a config."""
@@ -193,15 +259,31 @@ class TransfusionConfig(PreTrainedConfig):
             _check(self, name, lambda v: isinstance(v, bool), "True or False")
         for name in ("rms_norm_eps", "timestep_std", "timestep_shift"):
             _check(self, name, lambda v: _is_number(v) and v > 0, "a finite number above 0")
+        choices = {
+            "patch_codec": PATCH_CODECS,
+            "image_rope": IMAGE_ROPES,
+            "image_attention": IMAGE_ATTENTIONS,
+            "hyper_connections": HYPER_CONNECTIONS,
+            "modality_experts": (None, *MODALITY_EXPERTS),
+            "objective": OBJECTIVES,
+            "timestep_density": TIMESTEP_DENSITIES,
+        }
+        for name, allowed in choices.items():
+            _check(self, name, allowed.__contains__, " or ".join(map(repr, allowed)))
+        _check(self, "noise_limit", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1")
         for name in ("initializer_range", "image_loss_weight"):
             _check(self, name, lambda v: _is_number(v) and v >= 0, "a finite number, 0 or more")
         _check(self, "timestep_mean", _is_number, "a finite number")
         _check(self, "attention_dropout", lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to, not with, 1")
-        _check(self, "objective", OBJECTIVES.__contains__, " or ".join(map(repr, OBJECTIVES)))
-        _check(self, "timestep_density", TIMESTEP_DENSITIES.__contains__, " or ".join(map(repr, TIMESTEP_DENSITIES)))
         _check(
             self, "default_image_grid", lambda v: v is None or _is_grid(v), "(rows, columns), two positive integers"
         )
+        for name, is_allowed, allowed in (
+            ("size_token_grids", _is_grid, "a list of (rows, columns), two positive integers each"),
+            ("size_token_ids", _is_int, "a list of ids"),
+            ("unet_channels", lambda v: _is_int(v) and v > 0, "a list of positive integers"),
+        ):
+            _check(self, name, _is_list_of(is_allowed), f"{allowed}, or None")
         for name in ("pad_token_id", "bos_token_id", "boi_token_id", "eoi_token_id", "image_token_id"):
             _check(self, name, lambda v: v is None or (_is_int(v) and v >= 0), "an id (0 or more) or None")
 
@@ -221,6 +303,12 @@ class TransfusionConfig(PreTrainedConfig):
         )
         if len(set(control.values())) < 3:
             raise ValueError(f"{control} must be three different ids.")
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        texts = {self.bos_token_id, self.pad_token_id, *eos} - {None}
+        if shared := texts & set(control.values()):
+            raise ValueError(f"{control} must be none of the ids that begin, end or pad texts: {sorted(shared)}.")
+        self._check_size_tokens(texts | set(control.values()))
+        self._check_unet()
         assert self.default_image_grid is not None  # __post_init__ filled it in
         rows, columns = self.default_image_grid
         if rows * columns + 2 > self.max_position_embeddings:
@@ -230,11 +318,61 @@ class TransfusionConfig(PreTrainedConfig):
                 "Take a smaller grid, larger patches or more positions."
             )
 
+    def _check_size_tokens(self, taken: set[int | None]) -> None:
+        """Each size token stands for one grid that fits, and is no other control token."""
+        grids, ids = self.size_token_grids or [], self.size_token_ids or []
+        if len(grids) != len(ids) or len(set(map(tuple, grids))) != len(grids):
+            raise ValueError(
+                f"size_token_grids={grids} and size_token_ids={ids} must be of one length, with no grid twice."
+            )
+        for grid in grids:
+            largest = self.max_position_embeddings - 2
+            if grid[0] * grid[1] > largest:
+                raise ValueError(
+                    f"size_token_grids holds {grid!r}; allowed: (rows, columns) of at most {largest} patches, which "
+                    "max_position_embeddings leaves."
+                )
+        if len(taken | set(ids)) != len(taken) + len(ids) or not all(0 <= i < self.vocab_size for i in ids):
+            raise ValueError(
+                f"size_token_ids={ids} must be different ids below vocab_size ({self.vocab_size}), none of {taken}."
+            )
 
+    def _check_unet(self) -> None:
+        """The U-Net halves the latent until a patch is one position, so it has one width for each size on the way."""
+        if self.patch_codec != "unet":
+            _check(self, "unet_channels", lambda v: v is None, "None, unless patch_codec is 'unet'")
+            return
+        _check(self, "patch_size", lambda v: v & (v - 1) == 0, "a power of two, with patch_codec='unet'")
+        levels = self.patch_size.bit_length()
+        allowed = f"{levels} positive integers for patch_size={self.patch_size}"
+        _check(self, "unet_channels", lambda v: v is not None and len(v) == levels, allowed)
+
+
+_FFN_TP_PLAN = {
+    "layers.*.image_mlp.gate_proj": "colwise",
+    "layers.*.image_mlp.up_proj": "colwise",
+    "layers.*.image_mlp.down_proj": "rowwise",
+}
+_EXPERT_TP_PLANS = {
+    "ffn": _FFN_TP_PLAN,
+    "all": {
+        **_FFN_TP_PLAN,
+        "layers.*.self_attn.image_q_proj": "colwise",
+        "layers.*.self_attn.image_k_proj": "colwise",
+        "layers.*.self_attn.image_v_proj": "colwise",
+        "layers.*.self_attn.image_o_proj": "rowwise",
+    },
+}
 _POSITIVE_INTEGERS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings "
-    "latent_channels patch_size num_train_timesteps"
+    "latent_channels patch_size num_train_timesteps num_residual_streams unet_layers_per_block"
 ).split()
+
+
+def _small_unet_channels(hidden_size: int, patch_size: int) -> tuple[int, ...]:
+    """Widths that double on the way down, to half of `hidden_size`, in multiples of 32."""
+    levels = patch_size.bit_length()
+    return tuple(max(32, hidden_size // 2 ** (levels - level) // 32 * 32) for level in range(levels))
 
 
 def _is_int(value: Any) -> bool:
@@ -247,6 +385,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_grid(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and all(_is_int(side) and side > 0 for side in value)
+
+
+def _is_list_of(is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: values is None or (isinstance(values, list | tuple) and all(map(is_allowed, values)))
 
 
 def _check(config: TransfusionConfig, name: str, is_allowed: Any, allowed: str) -> None:

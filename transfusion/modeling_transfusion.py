@@ -4,6 +4,7 @@ Shapes: B rows, L positions, V vocabulary, H hidden_size, N images of the whole 
 P patches of all of them, D = latent_channels * patch_size**2.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -27,10 +27,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import TransfusionConfig
 from .diffusion import NoiseProcess, noise_process_of
+from .experts import Modalities, by_modality, find_modalities
 from .generation import TransfusionGenerationMixin
+from .hyper_connections import add_branch, expand_streams, make_connection, reduce_streams
 from .inputs import check_inputs, images_without_prior_text, learned_labels
 from .latents import image_block_ids, patch_image_index
-from .patch_codec import LinearPatchDecoder, LinearPatchEncoder
+from .patch_codec import make_patch_decoder, make_patch_encoder
+from .positions import TransfusionRotaryEmbedding, apply_rotary_pos_emb, patch_position_ids
+from .warm_start import config_from_text_config, freeze_text_tower, load_text_model, load_text_weights
 
 
 @dataclass
@@ -44,7 +48,7 @@ class TransfusionOutput(ModelOutput):
         logits: (B, L, V), or fewer positions by `logits_to_keep`; None with `skip_logits`.
         image_prediction: (P, D), the predicted noise (`ddpm`) or velocity (`flow`), where timesteps are known.
         past_key_values: The cache, with `use_cache`.
-        hidden_states, attentions: Per layer, on request.
+        hidden_states, attentions: Per layer, on request; (B, L, n, H) with n residual streams.
     """
 
     loss: Tensor | None = None
@@ -78,56 +82,6 @@ class TransfusionRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-class TransfusionRotaryEmbedding(nn.Module):
-    """Rotary angles over the flat sequence index, images included (paper, section 4.1, footnote 4)."""
-
-    def __init__(self, config: TransfusionConfig) -> None:
-        super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        rope_parameters: Any = config.rope_parameters
-        self.rope_type = rope_parameters["rope_type"]
-        inv_freq, self.attention_scaling = self.rope_init_fn(config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @property
-    def rope_init_fn(self) -> Callable[..., tuple[Tensor, float]]:
-        """The function that makes the inverse frequencies of this rope type."""
-        is_default = self.rope_type == "default"
-        return self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
-
-    @staticmethod
-    def compute_default_rope_parameters(config: TransfusionConfig, device: object = None) -> tuple[Tensor, float]:
-        """Inverse frequencies (head_dim / 2,) of Su et al. 2021, and the attention scaling, which is 1."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        rope_parameters: Any = config.rope_parameters
-        return rope_parameters["rope_theta"] ** -exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (B, L, head_dim) of `position_ids` (B, L), in the dtype of `hidden_states`."""
-        frequencies = self.inv_freq.to(device=hidden_states.device, dtype=torch.float32)
-        angles = position_ids[..., None].float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + dim / 2]) by a quarter."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate `query` and `key` (B, heads, L, head_dim) by the angles behind `cos` and `sin` (B, L, head_dim)."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-
-
 def repeat_kv(states: Tensor, groups: int) -> Tensor:
     """Repeat key or value heads (B, kv_heads, L, head_dim) for the query heads that share them."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
@@ -154,7 +108,7 @@ def eager_attention_forward(
 
 
 class TransfusionAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions; `image_` projections and norms are those of patches, if any."""
 
     def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
         super().__init__()
@@ -174,6 +128,16 @@ class TransfusionAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = TransfusionRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = TransfusionRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.image_q_proj = self.image_k_proj = self.image_v_proj = self.image_o_proj = None
+        self.image_q_norm = self.image_k_norm = None
+        if config.modality_experts == "all":
+            self.image_q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+            self.image_k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+            self.image_v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+            self.image_o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+            if config.qk_norm:
+                self.image_q_norm = TransfusionRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+                self.image_k_norm = TransfusionRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -181,14 +145,17 @@ class TransfusionAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        modalities: Modalities | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states` (B, L, H) to themselves and to the cache."""
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(head_shape), self.k_proj(hidden_states).view(head_shape)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query = by_modality(hidden_states, modalities, self.q_proj, self.image_q_proj).view(head_shape)
+        key = by_modality(hidden_states, modalities, self.k_proj, self.image_k_proj).view(head_shape)
+        value = by_modality(hidden_states, modalities, self.v_proj, self.image_v_proj).view(head_shape).transpose(1, 2)
         if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = by_modality(query, modalities, self.q_norm, self.image_q_norm)
+            key = by_modality(key, modalities, self.k_norm, self.image_k_norm)
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -205,7 +172,8 @@ class TransfusionAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        return by_modality(output, modalities, self.o_proj, self.image_o_proj), weights
 
 
 class TransfusionMLP(nn.Module):
@@ -224,7 +192,7 @@ class TransfusionMLP(nn.Module):
 
 
 class TransfusionDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward, each on a residual stream."""
+    """Pre-norm attention and feed-forward, each on a residual stream or on several."""
 
     def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
         super().__init__()
@@ -232,6 +200,18 @@ class TransfusionDecoderLayer(GradientCheckpointingLayer):
         self.mlp = TransfusionMLP(config)
         self.input_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.image_mlp = self.image_input_layernorm = self.image_post_attention_layernorm = None
+        if config.modality_experts is not None:
+            self.image_mlp = TransfusionMLP(config)
+            self.image_post_attention_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.modality_experts == "all":
+            self.image_input_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn_connection, self.mlp_connection = (
+            make_connection(
+                config.hidden_size, config.num_residual_streams, config.hyper_connections, index, config.rms_norm_eps
+            )
+            for index in (2 * layer_idx, 2 * layer_idx + 1)
+        )
 
     def forward(
         self,
@@ -239,19 +219,28 @@ class TransfusionDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        modalities: Modalities | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Update `hidden_states` (B, L, H)."""
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
+        """Update `hidden_states` (B, L, H), or (B, L, n, H) with n residual streams."""
+        branch, residual, output_weights = self.attn_connection(hidden_states)
+        branch, _ = self.self_attn(
+            by_modality(branch, modalities, self.input_layernorm, self.image_input_layernorm),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            modalities=modalities,
             **kwargs,
         )
-        hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = add_branch(residual, output_weights, branch)
+
+        branch, residual, output_weights = self.mlp_connection(hidden_states)
+        branch = by_modality(branch, modalities, self.post_attention_layernorm, self.image_post_attention_layernorm)
+        return add_branch(residual, output_weights, by_modality(branch, modalities, self.mlp, self.image_mlp))
+
+
+# By name: a class that was loaded from the Hub is another one.
+_SELF_INITIALISED = ("StaticHyperConnection", "DynamicHyperConnection", "ManifoldHyperConnection")
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -261,7 +250,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransfusionDecoderLayer"]
+    _no_split_modules = ["TransfusionDecoderLayer", "UNetPatchEncoder", "UNetPatchDecoder"]
     _skip_keys_device_placement = ["past_key_values"]
     # Flash attention takes no mask, so image blocks would silently turn causal.
     _supports_flash_attn = False
@@ -270,6 +259,13 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TransfusionDecoderLayer, "attentions": TransfusionAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Convolutions of the U-Net keep torch's scale, by which it learns faster, or start at zero.
+        if isinstance(module, nn.Conv2d) or type(module).__name__ in _SELF_INITIALISED:
+            module.reset_parameters()
 
 
 def transfusion_mask(
@@ -282,7 +278,8 @@ def transfusion_mask(
     """Causal everywhere, bidirectional inside each image (paper, section 3 and figure 4).
 
     Position i may look at j where `j <= i`, or where both are patches of one image. Begin- and end-of-image tokens
-    are causal, like text. For `a red <boi> patch patch patch <eoi> heart`, with 1 where a row may look at a column:
+    are causal, like text; so are patches with `config.image_attention = "causal"`. For
+    `a red <boi> patch patch patch <eoi> heart`, with 1 where a row may look at a column:
 
         a        1 . . . . . . .
         red      1 1 . . . . . .
@@ -304,12 +301,19 @@ def transfusion_mask(
         What the attention implementation takes: None, a 4-D tensor or a block mask.
     """
     block_ids = None
-    if image_mask is not None:
+    if image_mask is not None and config.image_attention == "bidirectional":
         block_ids = image_block_ids(image_mask.long(), 1)
         if past_key_values is not None:  # ids count from the first cached position
             block_ids = F.pad(block_ids, (past_key_values.get_seq_length(), 0), value=-1)
     # Without position_ids: transformers takes a jump in them for a border between packed documents.
     return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, block_sequence_ids=block_ids)
+
+
+@dataclass
+class TransfusionModelOutput(BaseModelOutputWithPast):
+    """What `TransfusionModel` returns: hidden states, the cache, and what the patch decoder needs of the encoder."""
+
+    patch_skips: Any = None
 
 
 class TransfusionModel(TransfusionPreTrainedModel):
@@ -318,11 +322,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.patch_encoder = LinearPatchEncoder(config)
+        self.patch_encoder = make_patch_encoder(config)
         self.layers = nn.ModuleList(
             [TransfusionDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.image_norm = None
+        if config.modality_experts == "all":
+            self.image_norm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = TransfusionRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -347,9 +354,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
         latent_patches: Tensor | None = None,
         image_grids: Tensor | None = None,
         timesteps: Tensor | None = None,
+        patch_repeats: int = 1,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> TransfusionModelOutput:
         """Run the transformer.
 
         Args:
@@ -361,46 +369,60 @@ class TransfusionModel(TransfusionPreTrainedModel):
             latent_patches: (P, D), the patches as they are, noisy or clean.
             image_grids: (N, 2), rows and columns of patches of each image.
             timesteps: (N,), the noise level of each image; clean (0) by default.
+            patch_repeats: How often the images stand in the batch, one set of rows after the other. They are encoded
+                once.
             use_cache: Whether to return the keys and values.
             kwargs: For the attention implementation.
 
         Returns:
-            `last_hidden_state` (B, L, H) and the cache.
+            `last_hidden_state` (B, L, H), the cache, and `patch_skips` for the patch decoder.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        image_mask = None
+        image_mask = modalities = patch_skips = None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         if latent_patches is not None:
             if image_grids is None:
                 raise ValueError("latent_patches came without image_grids; give both, as the processor makes them.")
             image_mask = self.get_image_mask(input_ids, inputs_embeds)
             if timesteps is None:
                 timesteps = latent_patches.new_zeros(image_grids.shape[0])
-            patch_embeds = self.patch_encoder(latent_patches.to(inputs_embeds.dtype), timesteps, image_grids)
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], patch_embeds.to(inputs_embeds.dtype))
+            patch_embeds, patch_skips = self.patch_encoder(
+                latent_patches.to(inputs_embeds.dtype), timesteps, image_grids
+            )
+            patch_embeds = patch_embeds.to(inputs_embeds.dtype).repeat(patch_repeats, 1)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], patch_embeds)
+            if self.config.image_rope == "2d":
+                grids = image_grids.repeat(patch_repeats, 1)
+                position_ids = patch_position_ids(position_ids, image_mask, grids, patch_embeds.shape[0])
+            if self.config.modality_experts is not None:
+                modalities = find_modalities(image_mask, patch_embeds.shape[0])
             if latent_patches.shape[0] == 0:
                 image_mask = None  # a plain causal mask, which the fused kernels need not read
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         mask = transfusion_mask(self.config, inputs_embeds, attention_mask, past_key_values, image_mask)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        hidden_states = inputs_embeds
+        hidden_states = expand_streams(inputs_embeds, self.config.num_residual_streams)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
+                modalities=modalities,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        hidden_states = reduce_streams(hidden_states)
+        return TransfusionModelOutput(
+            last_hidden_state=by_modality(hidden_states, modalities, self.norm, self.image_norm),
+            past_key_values=past_key_values if use_cache else None,
+            patch_skips=patch_skips,
         )
 
 
@@ -460,6 +482,8 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         labels: (B, L), `input_ids` with -100 where nothing is to be learned; shifted inside.
         use_cache: Whether to return `past_key_values`.
         logits_to_keep: Only the last so many positions (0: all), or the positions of an index tensor.
+        patch_repeats: How often the images stand in the batch, one set of rows after the other, as the branches of
+            guidance; they are encoded once. Not with labels.
         skip_logits: Return no logits; the text loss then computes them at its targets alone.
         num_items_in_batch: Text targets of the whole optimizer step, over which the text loss is a mean.
         num_image_items_in_batch: Patches with a loss in the whole optimizer step, likewise.
@@ -476,9 +500,35 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         super().__init__(config)
         self.model = TransfusionModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.patch_decoder = LinearPatchDecoder(config)
+        self.patch_decoder = make_patch_decoder(config)
         self.generation_config = self.default_generation_config(config)
         self.post_init()
+
+    @classmethod
+    def from_text_model(
+        cls,
+        path_or_model: str | os.PathLike | PreTrainedModel,
+        processor: Any = None,
+        freeze_text: bool = False,
+        **config_overrides: Any,
+    ) -> "TransfusionForMultimodalGeneration":
+        """Start from a language model of the Llama family; on text it writes as that one does.
+
+        Args:
+            path_or_model: A checkpoint of Llama, Mistral, Qwen 2 or 3, SmolLM 2 or 3, or such a model.
+            processor: The `TransfusionProcessor` for it, whose tokens and latents the model then has.
+            freeze_text: Train only what patches alone run through; wants `modality_experts`.
+            config_overrides: Fields of `TransfusionConfig`, such as `modality_experts="all"` or `patch_size=4`.
+
+        Raises:
+            ValueError: A language model, or overrides, that this architecture cannot represent.
+        """
+        text_model = load_text_model(path_or_model)
+        model = cls(config_from_text_config(text_model.config, processor, **config_overrides)).to(text_model.dtype)
+        load_text_weights(model, text_model)
+        if freeze_text:
+            freeze_text_tower(model)
+        return model.eval()
 
     @property
     def noise_process(self) -> NoiseProcess:
@@ -499,6 +549,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         noise: Tensor | None = None,
         image_loss_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        patch_repeats: int = 1,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
@@ -512,18 +563,14 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
                 width, values that are not finite, timesteps outside the schedule.
         """
-        if not torch.compiler.is_compiling() and self._is_to_be_checked(past_key_values, latent_patches, timesteps):
-            check_inputs(self.config, input_ids, latent_patches, image_grids, timesteps, noise, image_loss_mask)
-            if timesteps is not None:
-                self.noise_process.validate_timesteps(timesteps)
+        self._check(past_key_values, input_ids, latent_patches, image_grids, timesteps, noise, image_loss_mask)
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
             image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
         images = None
         if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
-            if timesteps is None:
-                timesteps = self.draw_timesteps(image_grids.shape[0], input_ids, attention_mask)
+            timesteps = self.draw_timesteps(image_grids, input_ids, attention_mask) if timesteps is None else timesteps
             images = self.add_noise(latent_patches, image_grids, timesteps, noise, image_loss_mask)
             latent_patches, timesteps = images.patches, images.timesteps
 
@@ -536,25 +583,28 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             latent_patches=latent_patches,
             image_grids=image_grids,
             timesteps=timesteps,
+            patch_repeats=patch_repeats,
             use_cache=use_cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         logits = image_prediction = text_loss = image_loss = loss = None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if not skip_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if timesteps is not None:
             image_mask = self.model.get_image_mask(input_ids, inputs_embeds)
-            image_prediction = self.patch_decoder(hidden_states[image_mask])
+            image_prediction = self.patch_decoder(
+                hidden_states[image_mask],
+                outputs.patch_skips,
+                timesteps.repeat(patch_repeats),
+                image_grids.repeat(patch_repeats, 1),
+            )
         if images is not None:
             image_loss = images.loss(image_prediction, num_image_items_in_batch)
             loss = self.config.image_loss_weight * image_loss
         if labels is not None:
-            targets = learned_labels(input_ids, labels, self.config)
-            is_target = targets != -100
-            target_logits = self.lm_head(hidden_states[:, :-1][is_target])
-            text_loss = mean_cross_entropy(target_logits, targets[is_target], num_items_in_batch)
+            text_loss = self.text_loss(hidden_states, input_ids, labels, num_items_in_batch)
             loss = text_loss + loss
         return TransfusionOutput(
             loss=loss,
@@ -567,17 +617,30 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             attentions=outputs.attentions,
         )
 
-    @staticmethod
-    def _is_to_be_checked(
-        past_key_values: Cache | None, latent_patches: Tensor | None, timesteps: Tensor | None
-    ) -> bool:
-        """Whether these inputs are new: tokens after a cache, and denoising steps against it, have been checked."""
+    def _check(
+        self, past_key_values: Cache | None, input_ids: Tensor | None, latent_patches: Tensor | None, *images: Any
+    ) -> None:
+        """Check inputs that are new: tokens after a cache, and denoising steps against it, have been checked."""
+        _, timesteps, *_ = images
         is_committed = latent_patches is not None and timesteps is None
-        return past_key_values is None or is_committed or bool(past_key_values.get_seq_length() == 0)
+        is_new = past_key_values is None or is_committed or bool(past_key_values.get_seq_length() == 0)
+        if torch.compiler.is_compiling() or not is_new:
+            return
+        check_inputs(self.config, input_ids, latent_patches, *images)
+        if timesteps is not None:
+            self.noise_process.validate_timesteps(timesteps)
 
-    def draw_timesteps(self, num_images: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """Draw a timestep for each image, at most half the schedule where no text precedes it (section 4.3.4)."""
-        uniform = torch.rand(num_images, device=self.device)
+    def text_loss(
+        self, hidden_states: Tensor, input_ids: Tensor | None, labels: Tensor, num_targets: Tensor | int | None
+    ) -> Tensor:
+        """Mean cross-entropy of the next token, from `hidden_states` (B, L, H) at the positions that are learned."""
+        targets = learned_labels(input_ids, labels, self.config)
+        is_target = targets != -100
+        return mean_cross_entropy(self.lm_head(hidden_states[:, :-1][is_target]), targets[is_target], num_targets)
+
+    def draw_timesteps(self, image_grids: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Draw a timestep for each image, up to `noise_limit` where no text precedes it (section 4.3.4)."""
+        uniform = torch.rand(image_grids.shape[0], device=self.device)
         capped = None if input_ids is None else images_without_prior_text(input_ids, attention_mask, self.config)
         return self.noise_process.timestep_from_uniform(uniform, capped)
 

@@ -1,10 +1,17 @@
-"""Where a patch is: continuous axial positional embeddings, and the sinusoids that they and timesteps are read by."""
+"""Where a token is: rotary positions of one or two axes, continuous axial embeddings, and sinusoids.
+
+Shapes: B rows, L positions, P patches of all images of the batch.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .latents import patch_coordinates, patch_image_index
 
 
 AXIS_FREQUENCY_DIM = 64
@@ -18,6 +25,85 @@ def sinusoids(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=values.device) / (dim // 2)
     angles = values.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TransfusionRotaryEmbedding(nn.Module):
+    """Rotary angles over the flat sequence index, images included (paper, section 4.1, footnote 4), or over two axes.
+
+    With two coordinates a position, the frequencies take turns: the first, third, ... turn by the row, the others by
+    the column. Text has both equal to its index, so it is turned exactly as by one coordinate.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        rope_parameters: Any = config.rope_parameters
+        self.rope_type = rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable[..., tuple[Tensor, float]]:
+        """The function that makes the inverse frequencies of this rope type."""
+        is_default = self.rope_type == "default"
+        return self.compute_default_rope_parameters if is_default else ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    @staticmethod
+    def compute_default_rope_parameters(config: Any, device: object = None) -> tuple[Tensor, float]:
+        """Inverse frequencies (head_dim / 2,) of Su et al. 2021, and the attention scaling, which is 1."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        rope_parameters: Any = config.rope_parameters
+        return rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, L, head_dim) of `position_ids` (B, L) or (B, L, 2), in `hidden_states`' dtype."""
+        frequencies = self.inv_freq.to(device=hidden_states.device, dtype=torch.float32)
+        if position_ids.dim() == 2:
+            positions = position_ids[..., None].float()
+        else:
+            axis = torch.arange(len(frequencies), device=position_ids.device) % 2
+            positions = position_ids.float()[..., axis]
+        angles = positions * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def patch_position_ids(position_ids: Tensor, image_mask: Tensor, image_grids: Tensor, num_patches: int) -> Tensor:
+    """Give each patch the row and column of its place, and text its index twice: (B, L, 2) float.
+
+    The grid of an image is laid along the diagonal, its centre on the centre of the positions that its patches take,
+    so that text keeps its positions (as the generalised rotary positions of HunyuanImage 3.0 do).
+
+    Args:
+        position_ids: (B, L) or (1, L), the flat index of each position.
+        image_mask: (B, L), True at patches.
+        image_grids: (N, 2), rows and columns of patches of each image in reading order.
+        num_patches: P, to which the grids sum.
+    """
+    image_index = patch_image_index(image_grids, num_patches)
+    coordinates, grids = patch_coordinates(image_grids, image_index), image_grids[image_index]
+    flat_index = coordinates[:, :1] * grids[:, 1:] + coordinates[:, 1:]
+    offsets = coordinates + (grids.prod(dim=1, keepdim=True) - grids) / 2 - flat_index
+    diagonal = position_ids.expand(image_mask.shape)[..., None].float().repeat(1, 1, 2)
+    return diagonal + torch.zeros_like(diagonal).masked_scatter(image_mask[..., None], offsets)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + dim / 2]) by a quarter."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate `query` and `key` (B, heads, L, head_dim) by the angles behind `cos` and `sin` (B, L, head_dim)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
 
 class AxisEmbedding(nn.Module):
@@ -70,4 +156,11 @@ class ContinuousAxialPositionalEmbedding(nn.Module):
         return torch.stack([table[place] for table, place in zip(tables, coordinates.T, strict=True)]).sum(0)
 
 
-__all__ = ["AxisEmbedding", "ContinuousAxialPositionalEmbedding", "sinusoids"]
+__all__ = [
+    "AxisEmbedding",
+    "ContinuousAxialPositionalEmbedding",
+    "TransfusionRotaryEmbedding",
+    "apply_rotary_pos_emb",
+    "patch_position_ids",
+    "sinusoids",
+]
