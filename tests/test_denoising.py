@@ -39,17 +39,20 @@ def uncached_prediction(
     grid: tuple[int, int],
     x: Tensor,
     t: Tensor,
+    before: Document | None = None,
 ) -> Tensor:
-    """The image after `ids`, in one run over everything."""
-    count = grid[0] * grid[1]
+    """The image after `ids`, in one run over everything; the clean images of `before` stand in `ids`."""
+    count, grids, images = grid[0] * grid[1], [grid], [x.double()]
+    if before is not None:
+        grids, images = [*before.grids, grid], [*before.images, x.double()]
     output = model(
         input_ids=torch.tensor([ids + [99] * count]),
         attention_mask=torch.tensor([visible + [1] * count]),
-        latent_patches=x,
-        image_grids=torch.tensor([grid]),
-        timesteps=t[None],
+        latent_patches=torch.cat(images),
+        image_grids=torch.tensor(grids),
+        timesteps=torch.cat([t.new_zeros(len(grids) - 1), t[None]]),
     )
-    return output.image_prediction
+    return output.image_prediction[-count:]
 
 
 def kind_of(model: TransfusionForMultimodalGeneration) -> torch.dtype:
@@ -72,14 +75,15 @@ def slow_drawing(
     scheduler: Any,
     steps: int,
     scale: float,
+    before: Document | None = None,
 ) -> Tensor:
     """Sampling written out: no cache, no batch, one branch after the other."""
     scheduler.set_timesteps(steps)
-    x, hidden = noise * getattr(scheduler, "init_noise_sigma", 1.0), [int(token in (97, 98, 99)) for token in ids]
+    x, hidden = noise * getattr(scheduler, "init_noise_sigma", 1.0), [int(token >= 95) for token in ids]
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        given = uncached_prediction(model, ids, [1] * len(ids), grid, scaled, t.to(kind_of(model)))
-        without = uncached_prediction(model, ids, hidden, grid, scaled, t.to(kind_of(model)))
+        given = uncached_prediction(model, ids, [1] * len(ids), grid, scaled, t.to(kind_of(model)), before)
+        without = uncached_prediction(model, ids, hidden, grid, scaled, t.to(kind_of(model)), before)
         x = scheduler.step((without + scale * (given - without)).float(), t, x).prev_sample
     return x
 
@@ -105,6 +109,60 @@ def test_cached_batched_guided_drawing_equals_the_slow_one(objective: str, name:
     for image, prompt, grid, start in zip(drawn, prompts, grids, noise, strict=True):
         expected = slow_drawing(model, prompt, grid, start, with_leading_steps(objective, name), 4, scale)
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-4)
+
+
+SIZED = {"size_token_grids": [(2, 2), (3, 1)], "size_token_ids": [95, 96]}
+LAYOUTS: list[list[int | tuple[int, int]]] = [
+    [(1, 2), 5, 97],
+    [5, (2, 2), 6, (1, 1), 7, 97],
+    [(3, 1), (1, 3), 8, 9, 10, 97],
+    [(2, 1), 97],
+]
+
+
+@pytest.mark.parametrize("overrides", [{}, SIZED, {"image_rope": "2d"}], ids=["plain", "sizes", "2d"])
+def test_after_any_images_a_mixed_batch_draws_what_slow_rows_draw(objective: str, overrides: dict[str, Any]) -> None:
+    """Images before, between and after texts, of other sizes than the images that are drawn."""
+    model = tiny_model(objective=objective, **overrides)
+    grids = [(2, 2), (1, 4), (3, 1), (1, 2)]
+    batch = make_batch(LAYOUTS)
+    documents = read_documents(**batch, config=model.config)
+    for document, grid in zip(documents, grids, strict=True):
+        document.input_ids[-1] = model.config.boi_token_for(grid)
+    noise = draw_noise(grids, seeded(0, 1, 2, 3), 12, "cpu")
+    name = {"ddpm": "DDIMScheduler", "flow": "FlowMatchHeunDiscreteScheduler"}[objective]
+    drawing = Drawing(with_leading_steps(objective, name), 3, 2.0)
+    drawn = draw_images(model, documents, noise, grids, drawing, [None] * 4)
+    for image, before, grid, start in zip(drawn, documents, grids, noise, strict=True):
+        ids = before.input_ids.tolist()
+        slow = slow_drawing(model, ids, grid, start, with_leading_steps(objective, name), 3, 2.0, before)
+        torch.testing.assert_close(image, slow, atol=1e-4, rtol=1e-4)
+        alone = slow_drawing(model, [5, 97], grid, start, with_leading_steps(objective, name), 3, 2.0)
+        assert (image - alone).abs().max() > 1e-2  # what stands before the image matters
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_images_are_encoded_once_for_all_branches(branches: int) -> None:
+    model, encoded = tiny_model(objective="flow"), []
+    model.model.patch_encoder.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
+    prompts, grids, t = [[5, 97], [6, 7, 97]] * branches, [(2, 2), (1, 3)], torch.tensor(300.0)
+    prompts = [[8 + row, *prompt] for row, prompt in enumerate(prompts)]
+    x = draw_noise(grids, seeded(0, 1), 12, "cpu")
+    with torch.no_grad():
+        visible = [torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts]
+        context = Context(model, [Document(torch.tensor(prompt)) for prompt in prompts], visible)
+        predicted = context.predict(x, grids, t)
+    assert encoded == [7] and len(predicted) == 2 * branches
+    for row, prompt in enumerate(prompts):
+        slow = uncached_prediction(model, prompt, [1] * len(prompt), grids[row % 2], x[row % 2], t)
+        torch.testing.assert_close(predicted[row], slow.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_size_tokens_stay_where_text_is_hidden() -> None:
+    ids = torch.tensor([5, 95, 99, 98, 6, 97, 99, 98, 96])
+    seen = hide_text(ids, tiny_config(**SIZED))
+    assert seen.tolist() == [False, True, True, True, False, True, True, True, True]
+    assert not hide_text(ids, tiny_config())[[1, 8]].any()
 
 
 @pytest.mark.parametrize(("objective", "name"), [(o, n) for o, names in SCHEDULERS.items() for n in names])

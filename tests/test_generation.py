@@ -8,6 +8,8 @@ from transformers.generation import BaseStreamer
 
 from tests.tiny import make_batch, tiny_model
 from tests.tiny_processor import tiny_tokenizer
+from transfusion.denoising import read_documents
+from transfusion.generation import _NamedGrids
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
 
@@ -447,3 +449,156 @@ def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
         model.generate(torch.tensor([[5], [0]]), attention_mask=mask, generation_mode="interleaved")
     with pytest.raises(ValueError, match="num_beams=2 cannot draw"):
         model.generate(ids, generation_mode="interleaved", num_beams=2)
+
+
+# Several sizes: 95 begins an image of 2 x 3 patches, 96 one of 1 x 2
+
+
+SIZED: dict = {"objective": "flow", "size_token_grids": [(2, 3), (1, 2)], "size_token_ids": [95, 96]}
+DRAWN: dict = {"generation_mode": "interleaved", "num_inference_steps": 2, "do_sample": False}
+
+
+def test_the_model_chooses_the_size_of_what_it_begins() -> None:
+    model = force(tiny_model(**SIZED, default_image_grid=(1, 1)), {5: 95, 6: 96, 7: BOI, EOI: 8})
+    output = model.generate(torch.tensor([[5], [6], [7]]), max_new_tokens=2, generator=generators(0, 1, 2), **DRAWN)
+    assert output.image_grids == [[(2, 3)], [(1, 2)], [(1, 1)]]
+    assert [ids[ids != 0].tolist() for ids in output.sequences] == [
+        [5, 95, *[PATCH] * 6, EOI, 8],
+        [6, 96, *[PATCH] * 2, EOI, 8],
+        [7, BOI, PATCH, EOI, 8],
+    ]
+
+
+def test_a_prompt_that_ends_in_a_size_token_draws_it_at_once() -> None:
+    model = force(tiny_model(**SIZED), {EOI: 96, 8: 8})
+    output = model.generate(torch.tensor([[5, 95]]), max_new_tokens=1, generator=generators(0), **DRAWN)
+    assert output.sequences.tolist() == [[5, 95, *[PATCH] * 6, EOI, 96, PATCH, PATCH, EOI]]
+    assert output.image_grids == [[(2, 3), (1, 2)]]
+    with pytest.raises(ValueError, match=r"size token 95, which begins an image of \(2, 3\).*\(1, 2\).*end .* in 96"):
+        model.generate(torch.tensor([[5, 95]]), image_grids=(1, 2), max_new_tokens=1, **DRAWN)
+
+
+@pytest.mark.parametrize(("grid", "begin"), [((2, 3), 95), ((1, 2), 96), ((3, 1), BOI)])
+@pytest.mark.parametrize("wish", [95, 96, BOI])
+def test_a_named_grid_is_drawn_whatever_size_the_model_would_begin(
+    grid: tuple[int, int], begin: int, wish: int
+) -> None:
+    model = force(tiny_model(**SIZED), {5: wish})
+    output = model.generate(torch.tensor([[5]]), image_grids=grid, max_new_tokens=1, **DRAWN)
+    assert output.sequences.tolist() == [[5, begin, *[PATCH] * (grid[0] * grid[1]), EOI]]
+    assert output.image_grids == [[grid]]
+
+
+def test_a_named_grid_keeps_the_probability_to_draw() -> None:
+    """That of all begin-of-image tokens goes to the named one, row by row; all words keep theirs."""
+    scores = torch.randn(3, 100, dtype=torch.float64, generator=generators(0)[0])
+    scores[2, [95, 96, BOI]] = -torch.inf  # suppressed by the caller
+    before = scores.softmax(-1)
+    after = _NamedGrids([(1, 2), (4, 4), (2, 3)], tiny_model(**SIZED).config, "cpu")(scores[:, :0], scores).softmax(-1)
+    words = [token for token in range(100) if token not in (95, 96, BOI)]
+    torch.testing.assert_close(after[:, words], before[:, words])
+    for row, begin in enumerate((96, BOI, 95)):
+        expected = torch.zeros(3, dtype=torch.float64)
+        expected[[95, 96, BOI].index(begin)] = before[row, [95, 96, BOI]].sum()
+        torch.testing.assert_close(after[row, [95, 96, BOI]], expected)
+
+
+def test_text_mode_never_begins_an_image_of_any_size() -> None:
+    model = tiny_model(**SIZED, eos_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight[[95, 96, BOI]] *= 100
+    written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40, do_sample=True)
+    assert not torch.isin(written, torch.tensor([95, 96, BOI, EOI, PATCH])).any()
+    plain = tiny_model(objective="flow", eos_token_id=None)  # without size tokens these ids are words
+    with torch.no_grad():
+        plain.lm_head.weight[[95, 96]] *= 100
+    written = plain.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40, do_sample=True)
+    assert torch.isin(written, torch.tensor([95, 96])).any()
+
+
+def draw(model: TransfusionForMultimodalGeneration, ids: list[list[int]], **options: object) -> Tensor:
+    arguments = {"num_inference_steps": 2, "generator": generators(*range(len(ids))), **options}
+    drawn = model.generate_images(torch.tensor(ids), **arguments)
+    assert drawn.image_grids.prod(1).sum() == len(drawn.latent_patches)
+    return drawn.latent_patches
+
+
+def test_generate_images_begins_each_size_with_its_token() -> None:
+    model = tiny_model(**SIZED, default_image_grid=(1, 2))
+    for grid, begin in (((2, 3), 95), ((1, 2), 96), ((3, 1), BOI)):
+        appended = draw(model, [[5, 6]], image_grids=grid)
+        assert torch.equal(appended, draw(model, [[5, 6, begin]], image_grids=grid))
+    assert torch.equal(draw(model, [[5, 6]]), draw(model, [[5, 6, 96]]))  # the default's
+    named = draw(model, [[5, 6]], image_grids=[(2, 3)])
+    assert torch.equal(draw(model, [[5, 6, 95]]), named)  # the prompt's token names the size
+    assert not torch.allclose(draw(model, [[5, 6, BOI]], image_grids=(2, 3)), named)  # the plain one may draw any
+    mixed = draw(model, [[5, 6, 95], [5, 7, 96], [8, 9, BOI]], image_grids=[(2, 3), (1, 2), (2, 2)])
+    torch.testing.assert_close(mixed[:6], named, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"size token 96, which begins an image of \(1, 2\).*\(2, 3\)"):
+        draw(model, [[5, 96]], image_grids=(2, 3))
+
+
+def test_negative_prompts_begin_the_same_size_and_see_the_same_images() -> None:
+    model, one = tiny_model(**SIZED), {"num_inference_steps": 2}
+    unguided = draw(model, [[5, 6]], image_grids=(2, 3), guidance_scale=1.0)
+    same = draw(model, [[5, 6]], image_grids=(2, 3), guidance_scale=3.0, negative_input_ids=torch.tensor([[5, 6]]))
+    torch.testing.assert_close(same, unguided, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="size token 96"):
+        draw(model, [[5, 6]], image_grids=(2, 3), negative_input_ids=torch.tensor([[96]]))
+    edit = {**make_batch([[(2, 2), 5, 6]]), "output_image_grids": (1, 2), **one}
+    ids = edit["input_ids"]
+    alike = model.generate_images(**edit, negative_input_ids=ids, guidance_scale=3.0, generator=generators(0))
+    alone = model.generate_images(**edit, guidance_scale=1.0, generator=generators(0))
+    torch.testing.assert_close(alike.latent_patches, alone.latent_patches, atol=1e-5, rtol=1e-5)
+    other = ids[:, 6:]  # without the picture
+    blind = model.generate_images(**edit, negative_input_ids=other, guidance_scale=3.0, generator=generators(0))
+    assert not torch.allclose(blind.latent_patches, alone.latent_patches, atol=1e-3)
+
+
+def images_of(images: list[Tensor], grids: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """What the model is given of images, nothing where there is none."""
+    return {"latent_patches": torch.cat(images), "image_grids": torch.tensor(grids)} if images else {}
+
+
+@pytest.mark.parametrize("overrides", [{"objective": "flow"}, SIZED], ids=["plain", "sizes"])
+def test_interleaving_after_any_images_equals_slow_runs(overrides: dict) -> None:
+    """Rows with images before, between and after text: text as a plain run over all of it would choose it, images as
+    `generate_images` draws them after the same tokens, and each row as alone.
+    """
+    model = tiny_model(**overrides, eos_token_id=None)
+    begins = list(model.config.boi_token_ids)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        model.lm_head.weight[begins] *= 2
+    batch = make_batch([[5, (2, 2), 6, (1, 1)], [(1, 2), (2, 1), 8], [9, 10]])
+    batch["input_ids"] = torch.stack([ids.roll(int((ids == 0).sum())) for ids in batch["input_ids"]])
+    batch["attention_mask"] = batch["input_ids"].ne(0).long()
+    options = {**DRAWN, "max_new_tokens": 9}
+    output = model.generate(**batch, generator=generators(0, 1, 2), **options)
+    documents = read_documents(**batch, config=model.config)
+    grids = [grid for row in output.image_grids for grid in row]
+    assert len(grids) >= 3 and (len(set(grids)) > 1) == ("size_token_ids" in overrides)
+    for row, prompt in enumerate(documents):
+        new = output.sequences[row, output.prompt_length :]
+        ids = torch.cat([prompt.input_ids, new[new != 0]])
+        images, image_grids = [*prompt.images, *output.images[row]], [*prompt.grids, *output.image_grids[row]]
+        scores = model(ids[None], **images_of(images, image_grids)).logits[0]
+        scores[:, [EOI, PATCH]] = -torch.inf
+        replay, count = generators(row), len(prompt.images)
+        for place in range(len(prompt.input_ids), len(ids)):
+            if ids[place] not in (EOI, PATCH):
+                assert ids[place] == scores[place - 1].argmax()
+            if ids[place] in begins:
+                drawn = model.generate_images(
+                    ids[None, : place + 1],
+                    **images_of(images[:count], image_grids[:count]),
+                    output_image_grids=image_grids[count],
+                    num_inference_steps=2,
+                    generator=replay,
+                )
+                torch.testing.assert_close(images[count].float(), drawn.latent_patches, atol=1e-4, rtol=1e-4)
+                count += 1
+        assert count == len(images)
+        inputs = images_of(prompt.images, prompt.grids)
+        alone = model.generate(prompt.input_ids[None], **inputs, generator=generators(row), **options)
+        assert alone.sequences[0].tolist() == ids.tolist()

@@ -9,13 +9,14 @@ from transfusion.inputs import check_inputs, images_without_prior_text, learned_
 
 
 BOI, EOI, PATCH = 97, 98, 99
+SIZED = {"size_token_grids": [(2, 3), (1, 2)], "size_token_ids": [95, 96]}
 
 
-def slow_targets(row: list[int], labels: list[int]) -> list[int]:
+def slow_targets(row: list[int], labels: list[int], begins: tuple[int, ...] = (BOI,)) -> list[int]:
     """The paper's rule, one position at a time: nothing is learned where the input is BOI or a patch."""
     targets = []
     for position in range(len(row) - 1):
-        learned = row[position] not in (BOI, PATCH) and labels[position + 1] != PATCH
+        learned = row[position] not in (*begins, PATCH) and labels[position + 1] != PATCH
         targets.append(labels[position + 1] if learned else -100)
     return targets
 
@@ -38,6 +39,15 @@ def test_learned_labels_as_the_docstring_draws_them() -> None:
 def test_learned_labels_of_odd_rows(row: list[int]) -> None:
     ids = torch.tensor([row])
     assert learned_labels(ids, ids, tiny_config())[0].tolist() == slow_targets(row, row)
+
+
+def test_every_begin_of_image_is_learned_and_nothing_after_it() -> None:
+    ids = torch.tensor([[95, PATCH, EOI, 5, 96, PATCH, PATCH, EOI, 6, BOI, PATCH, EOI, 95, 7, 96, 95]])
+    targets = learned_labels(ids, ids, tiny_config(**SIZED))[0].tolist()
+    assert targets == slow_targets(ids[0].tolist(), ids[0].tolist(), (95, 96, BOI))
+    assert [targets[3], targets[8], targets[11], targets[12], targets[14]] == [96, BOI, 95, -100, -100]
+    plain = learned_labels(ids, ids, tiny_config())[0].tolist()  # without size tokens these ids are words
+    assert plain == slow_targets(ids[0].tolist(), ids[0].tolist()) != targets
 
 
 def test_embeddings_alone_leave_it_to_the_labels() -> None:
@@ -65,6 +75,14 @@ def test_images_without_prior_text(row: list) -> None:
     mask = torch.tensor([[1] * len(ids) + [0, 0], [0, 0] + [1] * len(ids)])
     found = images_without_prior_text(padded, mask, tiny_config())
     assert found.tolist() == slow_without_text(ids) * 2
+
+
+@pytest.mark.parametrize("row", [[95, PATCH, EOI, 5, 96, PATCH, EOI], [1, 95, PATCH, EOI, 96, PATCH, EOI, 5]])
+def test_size_tokens_are_no_text(row: list[int]) -> None:
+    ids = torch.tensor([row])
+    as_plain = [BOI if token in (95, 96) else token for token in row]
+    assert images_without_prior_text(ids, None, tiny_config(**SIZED)).tolist() == slow_without_text(as_plain)
+    assert images_without_prior_text(ids, None, tiny_config()).tolist() == [False, False]
 
 
 def refuse(batch: dict, *words: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from scripts.generate import main, parse_args
 from tests.test_generation import force
 from tests.tiny import tiny_config
-from tests.tiny_processor import tiny_tokenizer, tiny_vae
+from tests.tiny_processor import picture, text_ids, tiny_tokenizer, tiny_vae
 from transfusion import TransfusionPipeline
 from transfusion.image_processing import TransfusionImageProcessor
 from transfusion.latents import patchify, unpatchify
@@ -20,9 +20,10 @@ from transfusion.pipeline import TransfusionPipeline as FromModule
 from transfusion.processing import TransfusionProcessor
 
 
-def make_pipeline(objective: str = "flow", **overrides: Any) -> TransfusionPipeline:
-    """Pictures of 16 x 16 pixels, latents of 4 x 4 and 4 channels, 2 x 2 patches."""
-    processor = TransfusionProcessor(TransfusionImageProcessor(size=16), tiny_tokenizer(), tiny_vae())
+def make_pipeline(objective: str = "flow", size: int | None = 16, sizes: Any = None, **overrides: Any) -> Any:
+    """Pictures of 16 x 16 pixels, latents of 4 x 4 and 4 channels, 2 x 2 patches; size tokens for `sizes`."""
+    image_processor = TransfusionImageProcessor(size=size)
+    processor = TransfusionProcessor(image_processor, tiny_tokenizer(), tiny_vae(), size_token_grids=sizes)
     torch.manual_seed(0)
     config = tiny_config(
         objective=objective,
@@ -30,6 +31,8 @@ def make_pipeline(objective: str = "flow", **overrides: Any) -> TransfusionPipel
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
         image_token_id=processor.image_token_id,
+        size_token_grids=processor.size_token_grids,
+        size_token_ids=processor.size_token_ids,
         eos_token_id=processor.tokenizer.eos_token_id,
         latent_channels=4,
         bos_token_id=None,
@@ -144,6 +147,81 @@ def test_negative_prompts_guide_away() -> None:
         torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-4)
         is_shared = torch.allclose(shared.images[index : index + 1], alone, atol=1e-4, rtol=1e-4)
         assert is_shared == (negative == "a sky")
+
+
+@pytest.mark.parametrize("sizes", [None, [(2, 2), (2, 4)]])
+def test_an_edit_draws_after_the_picture_and_the_instruction(sizes: list | None) -> None:
+    """Against ids put together by hand: the picture's block, the text, begin-of-image."""
+    pipeline = make_pipeline(size=None, sizes=sizes)
+    processor, source = pipeline.processor, picture(0, 16, 32)
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    edited = pipeline("make it blue ", image=source, generator=seeded(0), output_type="latent", **settings).images
+    begin = processor.boi_token_id if sizes is None else processor.size_token_ids[1]
+    latent = processor.encode_images(processor.image_processor(source)["pixel_values"])[0]
+    block = [begin, *[processor.image_token_id] * 8, processor.eoi_token_id]
+    drawn = pipeline.model.generate_images(
+        torch.tensor([[*block, *text_ids("make it blue"), begin]]),
+        image_grids=torch.tensor([[2, 4]]),
+        latent_patches=patchify(latent, 2),
+        output_image_grids=(2, 4),  # the size of the source
+        generator=seeded(0),
+        **settings,
+    )
+    torch.testing.assert_close(edited[0], unpatchify(drawn.latent_patches, (2, 4), 2))
+    assert pipeline("make it blue", image=source, num_inference_steps=1).images[0].size == (32, 16)
+    assert pipeline("make it blue", image=source, width=16, num_inference_steps=1).images[0].size == (16, 16)
+    other = pipeline("make it blue", image=picture(1, 16, 32), generator=seeded(0), output_type="latent")
+    assert not torch.allclose(other.images, edited)
+
+
+def test_edits_of_a_batch_are_those_of_single_calls() -> None:
+    pipeline = make_pipeline(size=None)
+    pictures, prompts = [picture(0, 16, 16), picture(1, 16, 16)], ["make it red", "turn it around, please"]
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    for negative in (None, "an ugly heart"):
+        settings["negative_prompt"] = negative
+        several = {"num_images_per_prompt": 2, "generator": seeded(0, 1, 2, 3)}
+        together = pipeline(prompts, image=pictures, **several, **settings).images
+        for row, (prompt, source) in enumerate([pair for pair in zip(prompts, pictures, strict=True) for _ in "12"]):
+            alone = pipeline(prompt, image=source, generator=seeded(row), **settings).images
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+    one = pipeline(prompts, image=pictures[0], generator=seeded(0, 1), **settings).images
+    twice = pipeline(prompts, image=pictures[:1] * 2, generator=seeded(0, 1), **settings).images
+    torch.testing.assert_close(one, twice, atol=1e-4, rtol=1e-4)
+
+
+def test_a_negative_prompt_of_an_edit_sees_the_picture() -> None:
+    """Equal prompts leave no guidance, which they would not if one of them had no picture before it."""
+    pipeline = make_pipeline()
+    settings = {"image": picture(0, 16, 16), "num_inference_steps": 2, "output_type": "latent"}
+    alike = pipeline("a", negative_prompt="a", guidance_scale=5.0, generator=seeded(0), **settings).images
+    torch.testing.assert_close(
+        alike, pipeline("a", guidance_scale=1.0, generator=seeded(0), **settings).images, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_pictures_that_do_not_fit_the_prompts() -> None:
+    pipeline = make_pipeline(size=None)
+    with pytest.raises(ValueError, match="2 pictures and 3 prompts"):
+        pipeline(["a", "b", "c"], image=[picture(0, 16, 16)] * 2)
+    mixed = {"image": [picture(0, 16, 16), picture(1, 8, 16)], "num_inference_steps": 1}
+    with pytest.raises(ValueError, match=r"latent sizes \[\(2, 4\), \(4, 4\)\]; name height and width"):
+        pipeline(["a", "b"], **mixed)
+    assert [image.size for image in pipeline(["a", "b"], height=8, width=8, **mixed).images] == [(8, 8)] * 2
+
+
+def test_a_drawing_begins_with_the_token_of_its_size() -> None:
+    pipeline = make_pipeline(sizes=[(2, 2), (4, 2)])
+    first, second = pipeline.processor.size_token_ids
+    for size, begin in (({}, first), ({"height": 32}, second), ({"width": 32}, pipeline.processor.boi_token_id)):
+        arguments = {"num_inference_steps": 2, "generator": seeded(0), "output_type": "latent"}
+        image = pipeline("a heart", **size, **arguments).images[0]
+        grid = pipeline.grid_of(size.get("height"), size.get("width"))
+        ids = torch.tensor([[*text_ids("a heart"), begin]])
+        drawn = pipeline.model.generate_images(
+            ids, image_grids=grid, num_inference_steps=2, generator=seeded(0), scheduler=pipeline.scheduler
+        )
+        torch.testing.assert_close(image, unpatchify(drawn.latent_patches, grid, 2))
 
 
 def test_captions_one_picture_or_a_list() -> None:

@@ -119,10 +119,16 @@ class Context:
         return outputs.logits[:, -1].float()
 
     def predict(self, x_t: list[Tensor], grids: list[Grid], timestep: Tensor) -> list[Tensor]:
-        """Predict noise or velocity of the images `x_t` (n, D), one after each document, and forget them again."""
+        """Predict noise or velocity of the images `x_t` (n, D), one after each document, and forget them again.
+
+        The documents may be branches, [all of the first, all of the second]: then each image of `x_t` stands in every
+        branch, is encoded once, and has a prediction for each, in the order of the documents.
+        """
         config = self.model.config
-        counts = torch.tensor([len(patches) for patches in x_t], device=self.lengths.device)
-        is_patch = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+        branches = len(self.lengths) // len(x_t)
+        sizes = [len(patches) for patches in x_t] * branches
+        counts = torch.tensor(sizes, device=self.lengths.device)
+        is_patch = torch.arange(max(sizes), device=counts.device) < counts[:, None]
         outputs = self._run(
             torch.where(is_patch, config.image_token_id, config.eoi_token_id),
             is_patch,
@@ -130,10 +136,11 @@ class Context:
             x_t,
             grids,
             timesteps=timestep.expand(len(x_t)),
+            patch_repeats=branches,
             skip_logits=True,
         )
         self.cache.crop(-is_patch.shape[1])
-        return list(outputs.image_prediction.float().split(counts.tolist()))
+        return list(outputs.image_prediction.float().split(sizes))
 
     def _run(
         self,
@@ -208,7 +215,7 @@ def hide_text(input_ids: Tensor, config: TransfusionConfig) -> Tensor:
 
     Training drops text in the same way: hidden by the mask, with every position kept.
     """
-    control = (config.boi_token_id, config.eoi_token_id, config.image_token_id)
+    control = (*config.boi_token_ids, config.eoi_token_id, config.image_token_id)
     return torch.isin(input_ids, torch.tensor(control, device=input_ids.device))
 
 
@@ -222,7 +229,7 @@ def draw_images(
     generators: list[torch.Generator | None],
     negative_documents: list[Document] | None = None,
 ) -> list[Tensor]:
-    """Denoise one image after each document, which ends in the begin-of-image token, from `noise` (n, D) each.
+    """Denoise one image after each document, which ends in a begin-of-image token, from `noise` (n, D) each.
 
     Guidance (Ho & Salimans 2021): unconditional + scale * (conditional - unconditional), both in one batch; a scale of
     1 leaves the unconditional branch out.
@@ -240,14 +247,13 @@ def draw_images(
     sizes = sorted({len(patches) for patches in noise})
     members = [[row for row, patches in enumerate(noise) if len(patches) == size] for size in sizes]
     groups = [SchedulerGroup(drawing, rows, generators, model.device) for rows in members]
-    branches = 2 if is_guided else 1
     x_t, model_input = list(noise), list(noise)
     for group in groups:
         group.start(x_t)
     for step, timestep in enumerate(groups[0].scheduler.timesteps):
         for group in groups:
             group.scale_input(model_input, x_t, timestep)
-        prediction = context.predict(model_input * branches, grids * branches, timestep)
+        prediction = context.predict(model_input, grids, timestep)
         if is_guided:
             pairs = zip(prediction[: len(x_t)], prediction[len(x_t) :], strict=True)
             prediction = [without + drawing.guidance_scale * (given - without) for given, without in pairs]

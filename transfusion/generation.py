@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
@@ -72,22 +78,21 @@ def list_generators(
     return list(generator)
 
 
-def list_grids(image_grids: Any, num_rows: int, config: TransfusionConfig) -> list[Grid]:
-    """One grid per row: `image_grids` is one (rows, columns), one for each row, or None for the config's default."""
+def list_grids(image_grids: Any, num_rows: int, config: TransfusionConfig) -> list[Grid | None]:
+    """The grid that is named for each row: `image_grids` is one (rows, columns), one for each row, or None."""
     if image_grids is None:
-        image_grids = config.default_image_grid
+        return [None] * num_rows
     table = torch.as_tensor(image_grids)
     table = table.expand(num_rows, 2) if table.ndim == 1 else table
     if table.shape != (num_rows, 2) or table.is_floating_point() or bool((table < 1).any()):
         raise ValueError(f"image_grids={image_grids} is not (rows, columns), nor {num_rows} of these.")
-    grids = [(int(rows), int(columns)) for rows, columns in table.tolist()]
-    for rows, columns in grids:
+    for rows, columns in table.tolist():
         if rows * columns + 2 > config.max_position_embeddings:
             raise ValueError(
                 f"A grid of ({rows}, {columns}) takes {rows * columns + 2} positions; max_position_embeddings="
                 f"{config.max_position_embeddings} allows no more than that. Take a smaller one."
             )
-    return grids
+    return [(rows, columns) for rows, columns in table.tolist()]
 
 
 def check_batch(input_ids: Tensor) -> None:
@@ -98,10 +103,49 @@ def check_batch(input_ids: Tensor) -> None:
         )
 
 
-def append_boi(document: Document, boi_token_id: int) -> None:
-    """End `document` in the begin-of-image token, where it does not already."""
-    if len(document.input_ids) == 0 or document.input_ids[-1] != boi_token_id:
-        document.input_ids = torch.cat([document.input_ids, document.input_ids.new_tensor([boi_token_id])])
+def last_token(document: Document) -> int | None:
+    """The last token of `document`, or None where it has none."""
+    return int(document.input_ids[-1]) if len(document.input_ids) else None
+
+
+def grid_after(document: Document, named: Grid | None, config: TransfusionConfig) -> Grid:
+    """The grid of the image that begins after `document`: that of the size token in which it ends, or else `named`.
+
+    Without either it is the config's default. A size token of another grid than `named` is a ValueError.
+    """
+    token = last_token(document)
+    begun = None if token is None else config.grid_of_boi(token)
+    if begun is not None and named is not None and begun != named:
+        raise ValueError(
+            f"A prompt ends in the size token {token}, which begins an image of {begun}, and the image to draw is "
+            f"one of {named}. Name no other grid, or end the prompt in {config.boi_token_for(named)}."
+        )
+    assert config.default_image_grid is not None  # the config fills it in
+    rows, columns = begun or named or config.default_image_grid
+    return rows, columns
+
+
+def append_boi(document: Document, grid: Grid, config: TransfusionConfig) -> None:
+    """End `document` in the begin-of-image token of `grid`, where it does not end in one already."""
+    if last_token(document) not in config.boi_token_ids:
+        begin = document.input_ids.new_tensor([config.boi_token_for(grid)])
+        document.input_ids = torch.cat([document.input_ids, begin])
+
+
+class _NamedGrids(LogitsProcessor):
+    """Begins images of the named grids alone: whatever size the model would begin, the probability goes to these.
+
+    So it draws as often as it wants to; if other sizes were only forbidden, it might write text in their place.
+    """
+
+    def __init__(self, grids: list[Grid], config: TransfusionConfig, device: Any) -> None:
+        self.begins = torch.tensor(config.boi_token_ids, device=device)
+        self.named = torch.tensor([[config.boi_token_for(grid)] for grid in grids], device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Sum the probabilities behind `scores` (B, V) of all begin-of-image tokens, row by row."""
+        together = scores[:, self.begins].logsumexp(dim=1, keepdim=True)
+        return scores.index_fill(1, self.begins, -math.inf).scatter(1, self.named, together)
 
 
 class _NoImageBegin(SuppressTokensLogitsProcessor):
@@ -154,11 +198,13 @@ class InterleavedDecoder:
         visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
         context = Context(model, documents, visible)
         grids = list_grids(self.image_grids, len(documents), model.config)
+        if self.image_grids is not None and model.config.size_token_ids:
+            processors.append(_NamedGrids([grid for grid in grids if grid], model.config, input_ids.device))
         generators = list_generators(self.generator, len(documents))
-        boi = model.config.boi_token_id
+        begins = torch.tensor(model.config.boi_token_ids, device=input_ids.device)
         timeline, logits = input_ids, context.logits
         is_live = torch.ones(len(documents), dtype=torch.bool, device=input_ids.device)
-        is_drawing = torch.stack([document.input_ids[-1] == boi for document in documents])
+        is_drawing = torch.isin(torch.stack([document.input_ids[-1] for document in documents]), begins)
         while True:
             if is_drawing.any():
                 after_image = self.draw(model, context, documents, is_drawing, grids, generators)
@@ -172,7 +218,7 @@ class InterleavedDecoder:
             append_tokens(documents, tokens[:, None], is_live[:, None])
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
-            is_drawing = is_live & (tokens == boi)
+            is_drawing = is_live & torch.isin(tokens, begins)
             was_live, is_live = is_live, is_live & ~stopping_criteria(timeline, None)
             if is_live.any() or is_drawing.any():
                 logits = context.extend(tokens[:, None], was_live[:, None], [], [])
@@ -186,13 +232,14 @@ class InterleavedDecoder:
         context: Context,
         documents: list[Document],
         is_drawing: Tensor,
-        grids: list[Grid],
+        named_grids: list[Grid | None],
         generators: list[torch.Generator | None],
     ) -> Tensor:
         """Draw where `is_drawing`, commit image and end-of-image token; return the logits (B, V) after them."""
         config = model.config
         rows = is_drawing.nonzero().flatten().tolist()
-        row_grids, row_generators = [grids[row] for row in rows], [generators[row] for row in rows]
+        row_grids = [grid_after(documents[row], named_grids[row], config) for row in rows]
+        row_generators = [generators[row] for row in rows]
         noise = draw_noise(row_grids, row_generators, config.patch_dim, model.device)
         images = draw_images(model, [documents[row] for row in rows], noise, row_grids, self.drawing, row_generators)
         written = {
@@ -309,7 +356,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         Args:
             input_ids: (B, L) prompts, padded on either side; a begin-of-image token is appended where it is absent.
             attention_mask: (B, L), 0 at padding.
-            image_grids: (rows, columns) of patches to draw, or one for each prompt; the config's default otherwise.
+            image_grids: (rows, columns) of patches to draw, or one for each prompt; otherwise that of the size token
+                in which a prompt ends, or the config's default.
                 Where the prompts hold images, `image_grids` are theirs, as the processor gives them, and
                 `output_image_grids` says what to draw.
             latent_patches: (P, D), the images of the prompts.
@@ -319,34 +367,56 @@ class TransfusionGenerationMixin(GenerationMixin):
             scheduler: A diffusers scheduler or its class name; by default that of the objective.
             generator: One, or one for each prompt: a batch then gives what single calls give.
             negative_input_ids, negative_attention_mask: What to be guided away from; by default the prompts without
-                their text.
+                their text. Where they hold images, these are the images of the prompts.
             latents: (P, D) noise to start from.
             callback: Called after each step with (step, timestep, noisy patches); may return others.
 
         Raises:
-            ValueError: An empty batch, an impossible grid, a scheduler of another objective, lists of wrong lengths.
+            ValueError: An empty batch, an impossible grid or one that a prompt's size token contradicts, a scheduler
+                of another objective, lists of wrong lengths.
         """
         check_batch(input_ids)
         documents = read_documents(
             input_ids, attention_mask, latent_patches, image_grids if latent_patches is not None else None, self.config
         )
+        if latent_patches is None and image_grids is not None and output_image_grids is not None:
+            raise ValueError(
+                f"image_grids={image_grids} and output_image_grids={output_image_grids} came without latent_patches; "
+                "without images in the prompts give one of them."
+            )
         drawn_grids = image_grids if latent_patches is None and output_image_grids is None else output_image_grids
-        grids = list_grids(drawn_grids, len(documents), self.config)
+        named = list_grids(drawn_grids, len(documents), self.config)
+        grids = [grid_after(document, grid, self.config) for document, grid in zip(documents, named, strict=True)]
         drawing = self.prepare_drawing(num_inference_steps, guidance_scale, scheduler, callback)
         generators = list_generators(generator, len(documents))
         noise = self._initial_noise(latents, grids, generators)
         negative_documents = None
         if negative_input_ids is not None:
-            check_batch(negative_input_ids)
-            negative_documents = read_documents(negative_input_ids, negative_attention_mask, None, None, self.config)
-            if len(negative_documents) != len(documents):
-                raise ValueError(
-                    f"{len(negative_documents)} negative prompts came with {len(documents)} prompts; give as many."
-                )
-        for document in documents + (negative_documents or []):
-            append_boi(document, self.config.boi_token_id)
-        images = draw_images(self, documents, noise, grids, drawing, generators, negative_documents)
-        return TransfusionImageOutput(torch.cat(images), torch.tensor(grids, device=self.device))
+            negative_documents = self._read_negatives(
+                negative_input_ids, negative_attention_mask, latent_patches, image_grids, grids
+            )
+        for document, grid in zip(documents, grids, strict=True):
+            append_boi(document, grid, self.config)
+        drawn = draw_images(self, documents, noise, grids, drawing, generators, negative_documents)
+        return TransfusionImageOutput(torch.cat(drawn), torch.tensor(grids, device=self.device))
+
+    def _read_negatives(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        latent_patches: Tensor | None,
+        image_grids: Any,
+        drawn_grids: list[Grid],
+    ) -> list[Document]:
+        check_batch(input_ids)
+        if latent_patches is None or not (input_ids == self.config.image_token_id).any():
+            latent_patches = image_grids = None
+        documents = read_documents(input_ids, attention_mask, latent_patches, image_grids, self.config)
+        if len(documents) != len(drawn_grids):
+            raise ValueError(f"{len(documents)} negative prompts came with {len(drawn_grids)} prompts; give as many.")
+        for document, grid in zip(documents, drawn_grids, strict=True):
+            append_boi(document, grid_after(document, grid, self.config), self.config)
+        return documents
 
     def _initial_noise(
         self, latents: Tensor | None, grids: list[Grid], generators: list[torch.Generator | None]
@@ -377,9 +447,12 @@ class TransfusionGenerationMixin(GenerationMixin):
         `"interleaved"` draws whenever begin-of-image is sampled, by greedy decoding or sampling, and always returns a
         `TransfusionGenerateOutput`. The drawing arguments are those of `generate_images`. Patches do not count in
         `max_new_tokens`; an image that was begun is always finished and closed by its end-of-image token.
+        Where the config has size tokens, the model chooses the grid of each image by the one it begins it with,
+        unless `image_grids` names one (`output_image_grids`, where the prompts hold images).
 
         Raises:
-            ValueError: An unknown mode, drawing arguments in text mode, beams in interleaved mode.
+            ValueError: An unknown mode, drawing arguments in text mode, beams in interleaved mode, a named grid that
+                the size token at the end of a prompt contradicts.
         """
         has_images = kwargs.get("latent_patches") is not None
         prompt_grids = {"image_grids": image_grids} if has_images else {}
@@ -426,7 +499,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         # A patch is no token, and the decoder itself closes an image.
         unwritten = [self.config.image_token_id, self.config.eoi_token_id]
         processors.append(SuppressTokensLogitsProcessor(unwritten, device=kwargs["device"]))
-        processors.append(_NoImageBegin([self.config.boi_token_id], device=kwargs["device"]))
+        processors.append(_NoImageBegin(list(self.config.boi_token_ids), device=kwargs["device"]))
         return processors
 
     def prepare_inputs_for_generation(
@@ -460,7 +533,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         config: TransfusionConfig, inputs_embeds: Tensor, mm_token_type_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """The 4-D mask for caches of fixed size, with image blocks where `mm_token_type_ids` (B, L) is 1."""
-        blocks = None if mm_token_type_ids is None else image_block_ids(mm_token_type_ids, 1)
+        is_plain = mm_token_type_ids is None or config.image_attention == "causal"
+        blocks = None if is_plain else image_block_ids(mm_token_type_ids, 1)
         return create_causal_mask(
             config,
             inputs_embeds,

@@ -95,7 +95,9 @@ def check_patches(
 
 
 def check_placeholders(config: TransfusionConfig, input_ids: Tensor, image_grids: Tensor) -> None:
-    """Check that each run of placeholders in `input_ids` (B, L) has the length of its image; ValueError otherwise."""
+    """Check that each run of placeholders in `input_ids` (B, L) has the length of its image, and the grid of the size
+    token that begins it, if one does; ValueError otherwise.
+    """
     block_ids = image_block_ids((input_ids == config.image_token_id).long(), 1)
     runs = [n for row in block_ids.tolist() for n in Counter(i for i in row if i >= 0).values()]
     expected = image_grids.prod(dim=1).tolist()
@@ -105,17 +107,34 @@ def check_placeholders(config: TransfusionConfig, input_ids: Tensor, image_grids
             f"{len(expected)} images, of {expected} patches. Give each image as many placeholders as patches, in "
             "reading order, and at least one other token between two images."
         )
+    if config.size_token_ids:
+        _check_size_tokens(config, input_ids, image_grids)
+
+
+def _check_size_tokens(config: TransfusionConfig, input_ids: Tensor, image_grids: Tensor) -> None:
+    is_patch = input_ids == config.image_token_id
+    is_before = ~is_patch & F.pad(is_patch, (0, 1))[:, 1:]
+    begins_row = is_patch[:, 0].tolist()  # a row that goes on from a cache may begin with patches
+    if any(begins_row):
+        return
+    for token, grid in zip(input_ids[is_before].tolist(), image_grids.tolist(), strict=True):
+        named = config.grid_of_boi(token)
+        if named is not None and named != tuple(grid):
+            raise ValueError(
+                f"The begin-of-image token {token} stands for a grid of {named}, and its image has {tuple(grid)}; "
+                f"give the token {config.boi_token_for((grid[0], grid[1]))}."
+            )
 
 
 def images_without_prior_text(input_ids: Tensor, attention_mask: Tensor | None, config: TransfusionConfig) -> Tensor:
     """(N,) in reading order: True for an image before which its row of `input_ids` (B, L) has no text.
 
-    Training noises such an image to half the schedule at most, since the text after it describes it (paper,
-    section 4.3.4). Control tokens, the begin-of-sequence token and padding are no text.
+    Training noises such an image up to `config.noise_limit` of the schedule, since the text after it describes it
+    (paper, section 4.3.4). Control tokens, the begin-of-sequence token and padding are no text.
     """
     image_mask = input_ids == config.image_token_id
     is_text = ~image_mask
-    for token_id in (config.boi_token_id, config.eoi_token_id, config.bos_token_id):
+    for token_id in (*config.boi_token_ids, config.eoi_token_id, config.bos_token_id):
         if token_id is not None:
             is_text &= input_ids != token_id
     if attention_mask is not None:
@@ -127,8 +146,9 @@ def images_without_prior_text(input_ids: Tensor, attention_mask: Tensor | None, 
 def learned_labels(input_ids: Tensor | None, labels: Tensor, config: TransfusionConfig) -> Tensor:
     """The next-token targets (B, L - 1) of `input_ids` (B, L): `labels` shifted, -100 where nothing is learned.
 
-    Nothing is learned where the input is a patch or the begin-of-image token (paper, footnote 8), and a patch is no
-    target. So begin-of-image is learned, which lets the model decide to draw, and end-of-image is not.
+    Nothing is learned where the input is a patch or a begin-of-image token (paper, footnote 8), and a patch is no
+    target. So begin-of-image is learned, which lets the model decide to draw, and end-of-image is not. All of
+    `boi_token_ids` are begin-of-image tokens.
 
         input    a    red  <boi> patch patch <eoi> heart <eos>
         target   red  <boi> .    .     .     heart <eos>
@@ -136,9 +156,9 @@ def learned_labels(input_ids: Tensor | None, labels: Tensor, config: Transfusion
     if input_ids is None:  # with inputs_embeds, `labels` alone say what is learned
         return labels[:, 1:]
     inputs, targets = input_ids[:, :-1], labels[:, 1:]
-    unlearned = (
-        (inputs == config.boi_token_id) | (inputs == config.image_token_id) | (targets == config.image_token_id)
-    )
+    unlearned = (inputs == config.image_token_id) | (targets == config.image_token_id)
+    for boi_token_id in config.boi_token_ids:
+        unlearned |= inputs == boi_token_id
     return targets.masked_fill(unlearned, -100)
 
 

@@ -1,4 +1,4 @@
-"""`TransfusionPipeline`: text to image by diffusers' call, and captions."""
+"""`TransfusionPipeline`: text to image and edits of images by diffusers' call, and captions."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -35,8 +35,16 @@ class TransfusionCaptionOutput(BaseOutput):
     text: Any
 
 
+def list_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One or several prompts as a list; ValueError for anything else."""
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    if not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"prompt={prompt!r}; give a string, or a list of at least one.")
+    return prompts
+
+
 class TransfusionPipeline(DiffusionPipeline):
-    """Draws pictures from prompts, and writes captions of pictures.
+    """Draws pictures from prompts, edits pictures, and writes captions of them.
 
     Args:
         model: A `TransfusionForMultimodalGeneration`.
@@ -105,13 +113,14 @@ class TransfusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        image: Any = None,
     ) -> Any:
-        """Draw.
+        """Draw, or with `image` edit.
 
         Args:
             prompt: One or several; ordinary text, in which no word is a control token.
             negative_prompt: What to be guided away from, one or one for each prompt.
-            height, width: In pixels; by default those of the model's pictures.
+            height, width: In pixels; by default those of `image`, or of the model's pictures.
             num_inference_steps, guidance_scale: By default those of the generation config.
             num_images_per_prompt: Pictures of each prompt, side by side in the result.
             generator: One, or one for each picture.
@@ -120,22 +129,26 @@ class TransfusionPipeline(DiffusionPipeline):
             return_dict: Return a `TransfusionPipelineOutput`, or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": (N, C, h, w)})`; what it
                 returns under `"latents"` replaces them.
+            image: The picture that each prompt says how to change, or one for each prompt. It stands before the
+                prompt, and before the negative prompt too.
 
         Raises:
-            ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type.
+            ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type, pictures of
+                several sizes where no size is named.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}; give an integer of 1 or more.")
-        grid = self.grid_of(height, width)
-        inputs = self.encode_prompt(prompt, num_images_per_prompt)
+        prompts = list_prompts(prompt)
+        sources = self.encode_sources(image, len(prompts))
+        grid = self.grid_of(height, width, sources)
+        inputs = self.encode_prompt(prompts, num_images_per_prompt, grid, sources)
         num_images = inputs["input_ids"].shape[0]
         if negative_prompt is not None:
-            negative = [negative_prompt] * num_images if isinstance(negative_prompt, str) else negative_prompt
-            repeats = 1 if isinstance(negative_prompt, str) else num_images_per_prompt
-            encoded = self.encode_prompt(negative, repeats)
-            inputs |= {f"negative_{name}": value for name, value in encoded.items()}
+            negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            encoded = self.encode_prompt(negative, num_images_per_prompt, grid, sources)
+            inputs |= {f"negative_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
         if latents is not None:
             latents = self.to_patches(latents, num_images, grid)
         num_inference_steps = self.model.prepare_drawing(num_inference_steps).num_inference_steps
@@ -151,7 +164,7 @@ class TransfusionPipeline(DiffusionPipeline):
 
             drawn = self.model.generate_images(
                 **inputs,
-                image_grids=grid,
+                output_image_grids=grid,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 scheduler=self.scheduler,
@@ -179,31 +192,77 @@ class TransfusionPipeline(DiffusionPipeline):
         is_one = not isinstance(image, list | tuple) and len(texts) == 1
         return TransfusionCaptionOutput(texts[0] if is_one else texts)
 
-    def encode_prompt(self, prompt: str | Sequence[str], repeats: int = 1) -> dict[str, Tensor]:
-        """Token ids and mask (N, L) of each prompt, `repeats` times, on the model's device."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(one, str) for one in prompts):
-            raise ValueError(f"prompt={prompt!r}; give a string, or a list of at least one.")
-        rows = [self.prompt_ids(one) for one in prompts for _ in range(repeats)]
-        rows = [torch.tensor(row, device=self.model.device) for row in rows]
+    def encode_sources(self, image: Any, num_prompts: int) -> list[Tensor] | None:
+        """The latent (C, h, w) of the picture to edit, for each prompt; None where there is none."""
+        if image is None:
+            return None
+        pictures = list(image) if isinstance(image, list | tuple) else [image]
+        if len(pictures) not in (1, num_prompts):
+            raise ValueError(
+                f"There are {len(pictures)} pictures and {num_prompts} prompts; give one, or one for each prompt."
+            )
+        latents = self.processor.encode_images(self.processor.image_processor(pictures)["pixel_values"])
+        return latents if len(latents) == num_prompts else latents * num_prompts
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        repeats: int = 1,
+        grid: tuple[int, int] | None = None,
+        sources: list[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Each prompt as the model reads it, `repeats` times, on the model's device.
+
+        Args:
+            prompt: One or several.
+            repeats: Rows of each.
+            grid: What is drawn after them, which chooses the begin-of-image token; by default the model's.
+            sources: The latent of the picture before each prompt.
+
+        Returns:
+            `input_ids` and `attention_mask` (N, L), and with `sources` `latent_patches` and `image_grids`.
+        """
+        prompts = list_prompts(prompt)
+        if sources is not None and len(sources) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(sources)} pictures; give as many.")
+        begin = self.processor.boi_token_for(grid or self.model.config.default_image_grid)
+        latents = [None] * len(prompts) if sources is None else sources
+        pairs = zip(prompts, latents, strict=True)
+        encoded = [row for one, latent in pairs for row in [self.encode_row(one, latent)] * repeats]
+        rows = [torch.tensor([*row["input_ids"], begin], device=self.model.device) for row in encoded]
         pad = {"batch_first": True, "padding_value": 0, "padding_side": "left"}
         masks = [torch.ones_like(row) for row in rows]
-        return {
+        inputs = {
             "input_ids": torch.nn.utils.rnn.pad_sequence(rows, **pad),
             "attention_mask": torch.nn.utils.rnn.pad_sequence(masks, **pad),
         }
+        if sources is not None:
+            for name in ("latent_patches", "image_grids"):
+                inputs[name] = torch.cat([row[name] for row in encoded]).to(self.model.device)
+        return inputs
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt and begin-of-image; an empty prompt is begin-of-image alone."""
+    def encode_row(self, prompt: str, source: Tensor | None) -> dict[str, Any]:
+        """The ids of a prompt, and of the picture before it if there is one; no ids of nothing."""
+        parts = [] if source is None else [{"type": "image"}]
         # White space beside a picture is stripped in training too.
-        text = prompt.strip()
-        ids = self.processor(text=[{"type": "text", "text": text}])["input_ids"][0] if text else []
-        return [*ids, self.processor.boi_token_id]
+        if text := prompt.strip():
+            parts.append({"type": "text", "text": text})
+        if not parts:
+            return {"input_ids": []}
+        row = self.processor(text=parts, latents=None if source is None else [source])
+        return {**row, "input_ids": row["input_ids"][0]}
 
-    def grid_of(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(rows, columns) of patches of a picture of `height` by `width` pixels."""
+    def grid_of(self, height: int | None, width: int | None, sources: list[Tensor] | None = None) -> tuple[int, int]:
+        """(rows, columns) of patches of a picture of `height` by `width` pixels, by default those of `sources`."""
         block = self.processor.image_processor.block
         rows, columns = self.model.config.default_image_grid
+        if sources is not None and (height is None or width is None):
+            sizes = sorted({tuple(latent.shape[1:]) for latent in sources})
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"The pictures have the latent sizes {sizes}; name height and width, or edit them one by one."
+                )
+            rows, columns = (side // self.processor.image_processor.patch_size for side in sizes[0])
         height, width = rows * block if height is None else height, columns * block if width is None else width
         if height < 1 or width < 1 or height % block or width % block:
             nearest = tuple(max(block, round(side / block) * block) for side in (height, width))

@@ -2,6 +2,7 @@
 
 A row is `text <boi> patch ... patch <eoi> text`; each patch position holds the id of `<image>`. No text can become a
 control token: only a picture makes `<boi>`, `<image>` and `<eoi>`, only labels bring `<eos>`, only padding `<pad>`.
+A picture of a grid that has a size token, as `<boi_4x6>`, begins with that in place of `<boi>`.
 
 Labels are unshifted (the model shifts them) and -100 is not learned. Nothing is learned where the input is `<boi>` or
 a patch, so patches and `<eoi>` are left out; `<boi>` itself is learned, for the model decides to draw:
@@ -66,14 +67,16 @@ class TransfusionProcessor(ProcessorMixin):
         vae: A diffusers `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, kept by reference and saved in `vae/`.
             None: pixels are the latents.
         chat_template: A Jinja template for `apply_chat_template`.
+        size_token_grids: Grids (rows, columns) of patches, each of which gets a begin-of-image token of its own,
+            `<boi_4x6>` for (4, 6), added behind the others. So a model can choose the size of what it draws.
 
     Raises:
         ValueError: A VAE of another class, or one that the image processor was not made for; image tokens that share
-            an id.
+            an id; size tokens for what is no grid, or twice for one.
     """
 
     # A slot keeps the VAE out of `__dict__`, which transformers deep-copies whenever it prints or saves a processor.
-    __slots__ = ("vae",)
+    __slots__ = ("size_token_grids", "vae")
 
     def __init__(
         self,
@@ -81,9 +84,11 @@ class TransfusionProcessor(ProcessorMixin):
         tokenizer: Any,
         vae: Any = None,
         chat_template: str | dict[str, str] | None = None,
+        size_token_grids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.vae = vae
+        self.size_token_grids = None if size_token_grids is None else _read_grids(size_token_grids)
         factor = 1 if vae is None else spatial_factor(vae)
         if image_processor.vae_scale_factor not in (1, factor):
             raise ValueError(
@@ -92,11 +97,11 @@ class TransfusionProcessor(ProcessorMixin):
             )
         image_processor.vae_scale_factor = factor
         image_processor.check()
-        tokens = [self.boi_token, self.eoi_token, self.image_token]
+        tokens = [self.boi_token, self.eoi_token, self.image_token, *map(_size_token, self.size_token_grids or ())]
         missing = [token for token in tokens if token not in tokenizer.all_special_tokens]
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
         ids = tokenizer.convert_tokens_to_ids(tokens)
-        if len(set(ids)) != 3:
+        if len(set(ids)) != len(tokens):
             raise ValueError(f"The image tokens {tokens} have the ids {ids}; the tokenizer must give each its own.")
 
     @property
@@ -108,6 +113,23 @@ class TransfusionProcessor(ProcessorMixin):
     def boi_token_id(self) -> int:
         """Id of the begin-of-image token."""
         return self.tokenizer.convert_tokens_to_ids(self.boi_token)
+
+    @property
+    def size_token_ids(self) -> list[int] | None:
+        """Ids of the size tokens, in the order of `size_token_grids`; None where there are none."""
+        if self.size_token_grids is None:
+            return None
+        return self.tokenizer.convert_tokens_to_ids([_size_token(grid) for grid in self.size_token_grids])
+
+    @property
+    def boi_token_ids(self) -> list[int]:
+        """Ids of all begin-of-image tokens, `<boi>` and the size tokens."""
+        return [self.boi_token_id, *(self.size_token_ids or ())]
+
+    def boi_token_for(self, grid: tuple[int, int]) -> int:
+        """Id of the token that begins a picture of `grid` (rows, columns): its size token, or else `<boi>`."""
+        tokens = zip(self.size_token_grids or (), self.size_token_ids or (), strict=True)
+        return dict(tokens).get(grid, self.boi_token_id)
 
     @property
     def eoi_token(self) -> str:
@@ -158,6 +180,10 @@ class TransfusionProcessor(ProcessorMixin):
             for name, value in expected.items()
             if getattr(config, name) != value
         ]
+        theirs = sorted(zip(map(tuple, config.size_token_grids or ()), config.size_token_ids or (), strict=True))
+        ours = sorted(zip(self.size_token_grids or (), self.size_token_ids or (), strict=True))
+        if theirs != ours:
+            wrong.append(f"size tokens (grid, id) are {theirs} in the config and {ours} in the processor")
         if config.vocab_size < len(self.tokenizer):
             wrong.append(f"vocab_size is {config.vocab_size} and the tokenizer has {len(self.tokenizer)} tokens")
         if wrong:
@@ -206,15 +232,15 @@ class TransfusionProcessor(ProcessorMixin):
         rows = self._layout(text, images, latents)
         latents = self._latents(rows, images_kwargs or {})
         patches = [patchify(latent, self.image_processor.patch_size) for latent in latents]
-        lengths = iter([len(patch) for patch in patches])
+        sides = [[side // self.image_processor.patch_size for side in latent.shape[1:]] for latent in latents]
+        grids = iter([(rows, columns) for rows, columns in sides])
         bos, eos = self._bos(), self._eos() if return_labels else []
-        all_ids = [self._row_ids(row, lengths, bos) + eos for row in rows]
+        all_ids = [self._row_ids(row, grids, bos) + eos for row in rows]
         all_ids = [self._cut(ids, index, max_length, truncation) for index, ids in enumerate(all_ids)]
         side = padding_side or ("right" if return_labels else "left")
         data = self._pad(all_ids, padding, side, max_length, return_labels)
         if patches:
-            grids = torch.tensor([latent.shape[1:] for latent in latents]) // self.image_processor.patch_size
-            data |= {"latent_patches": torch.cat(patches), "image_grids": grids}
+            data |= {"latent_patches": torch.cat(patches), "image_grids": torch.tensor(sides)}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def apply_chat_template(
@@ -368,14 +394,16 @@ class TransfusionProcessor(ProcessorMixin):
             )
         return require_finite(latent.detach().cpu().float(), "A given latent")
 
-    def _row_ids(self, row: _Row, lengths: Iterator[int], bos: list[int]) -> list[int]:
-        """Token ids of a row; `lengths` yields the number of patches of each picture."""
+    def _row_ids(self, row: _Row, grids: Iterator[tuple[int, int]], bos: list[int]) -> list[int]:
+        """Token ids of a row; `grids` yields the grid of each picture."""
         ids: list[int] = []
         for part in row:
             if isinstance(part, _Text):
                 ids += self._text_ids(part)
             else:
-                ids += [self.boi_token_id, *[self.image_token_id] * next(lengths), self.eoi_token_id]
+                rows, columns = next(grids)
+                patches = [self.image_token_id] * (rows * columns)
+                ids += [self.boi_token_for((rows, columns)), *patches, self.eoi_token_id]
         return ids if ids[:1] == bos else bos + ids  # a chat template may have written it
 
     def _text_ids(self, part: _Text) -> list[int]:
@@ -566,6 +594,11 @@ class TransfusionProcessor(ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", name), **kwargs)
         return files
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` holds."""
+        sizes = {} if self.size_token_grids is None else {"size_token_grids": self.size_token_grids}
+        return {**super().to_dict(), **sizes}
+
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
@@ -574,6 +607,21 @@ class TransfusionProcessor(ProcessorMixin):
         parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         return [*parts, load_vae(pretrained_model_name_or_path, kwargs.get("subfolder", ""), **options)]
+
+
+def _read_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Grids that may get a size token, each once."""
+    for grid in grids:
+        if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(type(s) is int and s > 0 for s in grid):
+            raise ValueError(f"size_token_grids holds {grid!r}; give (rows, columns), two positive integers.")
+    listed = [(rows, columns) for rows, columns in grids]
+    if len(set(listed)) != len(listed):
+        raise ValueError(f"size_token_grids is {listed}; name each grid once.")
+    return listed
+
+
+def _size_token(grid: tuple[int, int]) -> str:
+    return f"<boi_{grid[0]}x{grid[1]}>"
 
 
 def _parse_part(part: Any) -> _Text | _Picture:

@@ -158,6 +158,43 @@ def test_report_of_many_faults_is_short(tmp_path: Path) -> None:
     assert len(report.faults) == 500 and len(str(report).splitlines()) == 22 and "480 more" in str(report)
 
 
+EDIT = {"file_name": "after.png", "text": "make it blue", "source_file_name": "before.png"}
+
+
+def test_edits_are_read_with_their_originals(tmp_path: Path) -> None:
+    rows = [GOOD, EDIT | {"split": "train"}, {**EDIT, "file_name": "b.png", "source_file_name": "a.png"}]
+    root = write_folder(tmp_path, rows, ("a.png", "b.png", "after.png", "before.png"))
+    Image.new("RGB", (8, 6), "blue").save(root / "after.png")
+    plain, edit, other = read_image_folder(root, strict=True)[0]  # the original needs no row of its own
+    assert plain.original is None and other.original is not None and other.original.id == "a.png"
+    assert edit.original is not None and (edit.id, edit.captions) == ("after.png", ("make it blue",))
+    assert (edit.original.id, edit.original.captions, edit.original.split) == ("before.png", (), "train")
+    assert edit.image.getpixel((0, 0)) == (0, 0, 255) and edit.original.image.getpixel((0, 0)) == (255, 0, 0)
+    assert edit.original.source == (root / "before.png").resolve()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("../secret.png", "source_file_name '../secret.png' leaves the folder"),
+        ("link.png", "leaves the folder"),
+        ("missing.png", "no such file"),
+        ("words.png", "cannot be decoded"),
+        (3, "no source_file_name"),
+        ("", "no source_file_name"),
+    ],
+)
+def test_edits_whose_original_has_a_fault_are_left_out(tmp_path: Path, source: Any, reason: str) -> None:
+    Image.new("RGB", (8, 6)).save(tmp_path / "secret.png")
+    root = write_folder(tmp_path / "set", [GOOD, EDIT | {"source_file_name": source}], ("a.png", "after.png"))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "words.png").write_text("no picture")
+    pictures, report = read_image_folder(root)
+    assert [picture.id for picture in pictures] == ["a.png"]
+    found = [fault for fault in report.faults if reason in fault.reason]
+    assert len(found) == 1 and str(root) in found[0].where, report
+
+
 def test_splits(tmp_path: Path) -> None:
     root = write_folder(tmp_path, [GOOD | {"split": "train"}, {"file_name": "b.png", "text": "x", "split": "test"}])
     assert [picture.id for picture in read_image_folder(root, split="test")[0]] == ["b.png"]

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from tests.tiny import tiny_config, tiny_model
 from tests.training.tiny_rows import RowList, ragged_rows, training_row
 from transfusion.denoising import hide_text
+from transfusion.inputs import learned_labels
 from transfusion.training.collator import TransfusionDataCollator
 
 
@@ -34,17 +35,17 @@ def per_sample(batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, t
     return out
 
 
-def slow_dropout(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+def slow_dropout(row: dict[str, Any], begins: tuple[int, ...] = (BOI,)) -> tuple[list[int], list[int]]:
     """Mask and labels of a row whose text is dropped, one token at a time."""
     ids, mask, labels = row["input_ids"].tolist(), [], row["labels"].tolist()
     image_of, image = [], -1
     for token in ids:
-        image += token == BOI
+        image += token in begins
         image_of.append(image if token == PATCH else None)
     loss_mask = row.get("image_loss_mask")
     learned = [i for i, n in enumerate(image_of) if n is not None and (loss_mask is None or loss_mask[n])]
     end = max(learned, default=-1)
-    ahead = [i < end and token not in (BOI, EOI, PATCH) for i, token in enumerate(ids)]
+    ahead = [i < end and token not in (*begins, EOI, PATCH) for i, token in enumerate(ids)]
     if not any(is_ahead and token != BOS for is_ahead, token in zip(ahead, ids, strict=True)):
         ahead = [False] * len(ids)
     for position in range(len(ids)):
@@ -134,6 +135,63 @@ def test_dropped_text_equals_the_rule_token_by_token(row: dict[str, Any]) -> Non
     assert batch["attention_mask"][0, :length].tolist() == mask
     assert batch["labels"][0, :length].tolist() == labels
     assert batch["attention_mask"][0, length:].sum() == 0 and (batch["labels"][0, length:] == -100).all()
+
+
+SIZED = {"size_token_grids": [(1, 2), (2, 2)], "size_token_ids": [95, 96]}
+
+
+def with_size_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` as a processor with these size tokens makes it."""
+    grids = [tuple(grid) for grid in row.get("image_grids", torch.zeros(0, 2)).tolist()]
+    begins = [tiny_config(**SIZED).boi_token_for(grid) for grid in grids]
+    ids = row["input_ids"].clone()
+    ids[ids == BOI] = torch.tensor(begins, dtype=torch.long)
+    return {**row, "input_ids": ids, "labels": torch.where(row["labels"] == BOI, ids, row["labels"])}
+
+
+@pytest.mark.parametrize("row", DROPOUT_ROWS)
+def test_size_tokens_are_never_dropped(row: dict[str, Any]) -> None:
+    row = with_size_tokens(row)
+    collator = TransfusionDataCollator(tiny_config(**SIZED), text_dropout=1.0)
+    batch = collator([row, training_row(5, (4, 5), 2, seed=1)])
+    length = len(row["input_ids"])
+    mask, labels = slow_dropout(row, (95, 96, BOI))
+    assert batch["attention_mask"][0, :length].tolist() == mask
+    assert batch["labels"][0, :length].tolist() == labels
+    if "latent_patches" in row:
+        plain = TransfusionDataCollator(tiny_config(**SIZED))([{**row, "sample_seed": 3}])["timesteps"]
+        ids = torch.where(torch.isin(row["input_ids"], torch.tensor([95, 96])), BOI, row["input_ids"])
+        assert torch.equal(plain, collate([{**row, "input_ids": ids, "sample_seed": 3}])["timesteps"])
+
+
+MIXED_ROWS = [
+    *ragged_rows(),
+    training_row((1, 2), 5, (2, 2), (3, 1), 6, 7, (1, 1), 8, 2, seed=20),
+    training_row((2, 2), (1, 2), (2, 1), 2, seed=21, image_loss_mask=torch.tensor([False, True, False])),
+    training_row(5, 6, (1, 4), 7, (4, 1), 8, (1, 2), 2, seed=22, image_loss_mask=torch.tensor([False, False, True])),
+]
+
+
+@pytest.mark.parametrize("overrides", [{}, SIZED, {"image_rope": "2d", "axial_positions": True}])
+def test_losses_of_a_mixed_batch_are_the_weighted_means_of_its_rows(objective: str, overrides: dict) -> None:
+    """Texts alone, and up to four images in a row in any order, of many sizes: each row as it would be alone."""
+    model = tiny_model(objective=objective, **overrides)
+    collator = TransfusionDataCollator(model.config, text_dropout=0.3)
+    rows = [with_size_tokens(row) for row in MIXED_ROWS] if "size_token_ids" in overrides else MIXED_ROWS
+    text, image = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for row in rows:
+        alone = collator([row])
+        out = model(**alone)
+        num_targets = (learned_labels(alone["input_ids"], alone["labels"], model.config) != -100).sum()
+        text += torch.stack([out.text_loss * num_targets, num_targets]).detach()
+        if "latent_patches" in row:
+            num_patches = alone["image_grids"].prod(1)[alone["image_loss_mask"]].sum()
+            image += torch.stack([out.image_loss * num_patches, num_patches]).detach()
+    together = model(**collator(rows))
+    torch.testing.assert_close(together.text_loss.double(), text[0] / text[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together.image_loss.double(), image[0] / image[1], rtol=1e-5, atol=1e-6)
+    expected = together.text_loss + 5 * together.image_loss
+    torch.testing.assert_close(together.loss, expected)
 
 
 def test_text_is_dropped_as_sampling_hides_it() -> None:

@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.tiny_processor import tiny_processor
+from tests.tiny import tiny_config, tiny_model
+from tests.tiny_processor import text_ids, tiny_processor, tiny_tokenizer
 from transfusion.data.pictures import CaptionedPicture
+from transfusion.image_processing import TransfusionImageProcessor
+from transfusion.inputs import learned_labels
 from transfusion.latents import patchify
-from transfusion.training.rows import CaptionedPictureRows, stable_seed
+from transfusion.processing import IGNORE_INDEX, TransfusionProcessor
+from transfusion.training.collator import TransfusionDataCollator
+from transfusion.training.rows import CaptionedPictureRows, EditRows, stable_seed
 
 
 CAPTIONS = ("a red heart", "an emoji of a red heart")
@@ -124,3 +129,96 @@ def test_captions_with_control_tokens_are_text() -> None:
     rows = CaptionedPictureRows(given, [torch.zeros(3, 4, 4)], tiny_processor(), caption_first=1.0)
     ids = rows[0]["input_ids"].tolist()
     assert ids.count(rows.processor.image_token_id) == 4 and ids.count(rows.processor.boi_token_id) == 1
+
+
+INSTRUCTIONS: list[str | list[str]] = ["make it blue", ["turn it", "turn it around <boi>"], "bigger", " add a sky "]
+
+
+def edit_processor(sizes: Any) -> TransfusionProcessor:
+    return TransfusionProcessor(TransfusionImageProcessor(), tiny_tokenizer(), size_token_grids=sizes)
+
+
+def edit_rows(sizes: Any = None, **options: Any) -> EditRows:
+    return EditRows(latents(4), INSTRUCTIONS, latents(8)[4:][::-1], edit_processor(sizes), **options)
+
+
+@pytest.mark.parametrize("sizes", [None, [(2, 2), (2, 3)]])
+def test_edit_rows_written_out(sizes: Any) -> None:
+    rows, processor = edit_rows(sizes), edit_processor(sizes)
+    for index, (source, target) in enumerate(zip(latents(4), latents(8)[4:][::-1], strict=True)):
+        row, grids = rows[index], [(2, source.shape[2] // 2), (2, target.shape[2] // 2)]
+        blocks = [
+            [processor.boi_token_for(grid), *[processor.image_token_id] * (grid[0] * grid[1]), processor.eoi_token_id]
+            for grid in grids
+        ]
+        given = rows.instructions[index]
+        candidates = [[*blocks[0], *text_ids(one.strip()), *blocks[1], 1] for one in given]
+        ids = row["input_ids"].tolist()
+        assert ids in candidates and grids[0] != grids[1]
+        length = len(ids) - len(blocks[1]) - 1
+        unlearned = [IGNORE_INDEX] * len(blocks[1][1:])
+        assert row["labels"].tolist() == [IGNORE_INDEX] * length + [blocks[1][0], *unlearned, 1]
+        assert torch.equal(row["latent_patches"], torch.cat([patchify(source, 2), patchify(target, 2)]))
+        assert row["image_grids"].tolist() == [list(grid) for grid in grids]
+        assert row["image_loss_mask"].tolist() == [False, True] and row["sample_id"] == f"edit {index}"
+
+
+def test_phrasings_and_seeds_depend_on_epoch_index_and_seed_alone() -> None:
+    rows, again = edit_rows(), edit_rows()
+    lengths, seeds = set(), set()
+    for epoch in range(20):
+        for one in (rows, again):
+            one.set_epoch(epoch)
+        assert [as_plain(rows[i]) for i in range(4)] == [as_plain(again[i]) for i in (3, 2, 1, 0)][::-1]
+        lengths.add(len(rows[1]["input_ids"]))
+        seeds |= {rows[i]["sample_seed"] for i in range(4)}
+    assert len(lengths) == 2 and len(seeds) == 80
+    rows.set_epoch(0)
+    assert rows[0]["sample_seed"] != edit_rows(seed=1)[0]["sample_seed"]
+
+
+@pytest.mark.parametrize("sizes", [None, [(2, 2), (2, 3)]])
+def test_a_model_trains_on_edits(objective: str, sizes: Any) -> None:
+    """The source is clean and the target noised; text is learned at two places alone: to begin, and to end."""
+    rows, processor = edit_rows(sizes), edit_processor(sizes)
+    ids = {name: getattr(processor, name) for name in ("boi_token_id", "eoi_token_id", "image_token_id")}
+    sized = {"size_token_grids": processor.size_token_grids, "size_token_ids": processor.size_token_ids}
+    model = tiny_model(
+        objective=objective, vocab_size=len(processor.tokenizer), bos_token_id=None, eos_token_id=1, **ids, **sized
+    )
+    processor.check_model(model.config)
+    batch = TransfusionDataCollator(model.config, text_dropout=0.0)([rows[index] for index in range(4)])
+    targets = learned_labels(batch["input_ids"], batch["labels"], model.config)
+    begins = [processor.boi_token_for((rows, columns)) for rows, columns in batch["image_grids"][1::2].tolist()]
+    assert [row[row != -100].tolist() for row in targets] == [[begin, 1] for begin in begins]
+    batch["latent_patches"], batch["noise"] = batch["latent_patches"].double(), batch["noise"].double()
+    out = model(**batch)
+    learned = batch["image_loss_mask"].repeat_interleave(batch["image_grids"].prod(1))
+    louder = torch.where(learned[:, None], batch["noise"], 100.0)
+    torch.testing.assert_close(model(**{**batch, "noise": louder}).loss, out.loss)
+    changed = torch.where(learned[:, None], batch["latent_patches"], 0.0)
+    other = model(**{**batch, "latent_patches": changed})
+    assert (other.image_prediction - out.image_prediction)[learned].abs().max() > 1e-5  # targets see their sources
+    out.loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_dropping_the_instruction_keeps_the_source() -> None:
+    rows = edit_rows()
+    processor = rows.processor
+    ids = {name: getattr(processor, name) for name in ("boi_token_id", "eoi_token_id", "image_token_id")}
+    config = tiny_config(vocab_size=len(processor.tokenizer), bos_token_id=None, eos_token_id=1, **ids)
+    batch = TransfusionDataCollator(config, text_dropout=1.0)([rows[0]])
+    hidden = batch["input_ids"][0][batch["attention_mask"][0] == 0]
+    assert hidden.tolist() == text_ids("make it blue")
+
+
+def test_bad_edits() -> None:
+    with pytest.raises(ValueError, match="2 sources, 1 instructions and 2 targets"):
+        EditRows(latents(2), ["a"], latents(2), tiny_processor())
+    with pytest.raises(ValueError, match="0 sources"):
+        EditRows([], [], [], tiny_processor())
+    with pytest.raises(ValueError, match="Edit 1 has no instruction"):
+        EditRows(latents(2), ["a", []], latents(2), tiny_processor())
+    with pytest.raises(IndexError, match="4"):
+        edit_rows()[4]

@@ -5,7 +5,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,9 +28,10 @@ class CaptionedPicture:
     Attributes:
         id: the file name in its folder or archive.
         name: what the picture shows; equal to the first caption where the metadata has no name.
-        captions: phrasings of the caption, at least one, the plain one first.
+        captions: phrasings of the caption, at least one, the plain one first; of an edit, of the instruction.
         category, style, split: columns of the metadata, empty where absent.
         source: the encoded picture, or the path of its file.
+        original: of an edit, the picture that was edited, which has no captions.
     """
 
     id: str
@@ -40,6 +41,7 @@ class CaptionedPicture:
     style: str
     split: str
     source: Path | bytes = field(repr=False)
+    original: "CaptionedPicture | None" = None
 
     @property
     def image(self) -> Image.Image:
@@ -103,6 +105,9 @@ def read_image_folder(
 ) -> tuple[list[CaptionedPicture], DataReport]:
     """Reads an imagefolder: pictures and a metadata.jsonl with `file_name` and `text`, `caption` or `captions`.
 
+    A row with `source_file_name` beside them is an edit: its text says how that picture is to be changed, `file_name`
+    is the result, and the picture that is read has the other one as its `original`.
+
     Every picture is decoded once. Rows and pictures with a fault (missing, outside the folder, undecodable, without a
     caption, not in the metadata) are left out, counted and logged as a warning.
 
@@ -151,29 +156,42 @@ def _lines(metadata: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_row(line: bytes, where: str, root: Path, listed: set[str]) -> CaptionedPicture | DataFault:
-    """The picture of one row, decoded once to see that it can be; adds the row's file to `listed`."""
+    """The picture of one row, decoded once to see that it can be; adds the row's files to `listed`."""
     try:
         row = json.loads(line)
     except ValueError as error:
         return DataFault(where, f"not JSON: {error}")
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        return DataFault(where, "no file_name")
-    file = _inside(root, name)
-    if file is None:
-        return DataFault(where, f"file_name {name!r} leaves the folder")
-    listed.add(PurePosixPath(name).as_posix())
+    row = row if isinstance(row, dict) else {}
+    columns = ["file_name"] if row.get("source_file_name") is None else ["file_name", "source_file_name"]
+    for column in columns:
+        name = row.get(column)
+        if not isinstance(name, str) or not name:
+            return DataFault(where, f"no {column}")
+        if _inside(root, name) is None:
+            return DataFault(where, f"{column} {name!r} leaves the folder")
+        listed.add(PurePosixPath(name).as_posix())
     captions = _captions(row)
     if not captions:
-        return DataFault(where, f"{name} has no caption (text, caption or captions)")
+        return DataFault(where, f"{row['file_name']} has no caption (text, caption or captions)")
+    picture = _picture(row, captions, (root / row["file_name"]).resolve())
+    if len(columns) == 2:
+        file = (root / row["source_file_name"]).resolve()
+        original = CaptionedPicture(row["source_file_name"], "", (), "", "", picture.split, file)
+        picture = replace(picture, original=original)
+    return _fault_of(picture) or (picture.original and _fault_of(picture.original)) or picture
+
+
+def _fault_of(picture: CaptionedPicture) -> DataFault | None:
+    """Why the picture's file cannot be decoded, or None where it can."""
+    file = picture.source
+    assert isinstance(file, Path)  # those of a folder are
     if not file.is_file():
         return DataFault(str(file), "no such file")
-    picture = _picture(row, captions, file)
     try:
         picture.image.close()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return DataFault(str(file), f"cannot be decoded: {error}")
-    return picture
+    return None
 
 
 def _inside(root: Path, name: str) -> Path | None:

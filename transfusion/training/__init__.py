@@ -3,12 +3,13 @@
 from .collator import TransfusionDataCollator
 from .latent_cache import encode_pictures
 from .reporting import SampleGridCallback, plot_losses
-from .rows import CaptionedPictureRows
+from .rows import CaptionedPictureRows, EditRows
 from .trainer import TransfusionTrainer
 
 
 __all__ = [
     "CaptionedPictureRows",
+    "EditRows",
     "SampleGridCallback",
     "TransfusionDataCollator",
     "TransfusionTrainer",

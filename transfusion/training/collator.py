@@ -56,7 +56,7 @@ class TransfusionDataCollator:
 
     With probability `text_dropout` a row loses the text ahead of its last learned image, as classifier-free guidance
     needs it (Ho & Salimans 2021): hidden by the mask, with every position kept, and neither it nor what it would
-    predict is learned. An image that no text precedes is noised to half the schedule at most (paper, section 4.3.4);
+    predict is learned. An image that no text precedes is noised up to `config.noise_limit` (paper, section 4.3.4);
     dropped text still counts as text there.
 
     Args:

@@ -1,4 +1,4 @@
-"""`CaptionedPictureRows`: captioned pictures with cached latents, and texts, as rows for the collator."""
+"""Rows for the collator, from cached latents: captioned pictures and texts, and pictures with their edits."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..data.pictures import CaptionedPicture
 from ..latents import patchify
-from ..processing import TransfusionProcessor
+from ..processing import IGNORE_INDEX, TransfusionProcessor
 
 
 _SEED_BITS = 63
@@ -23,7 +23,29 @@ def stable_seed(*parts: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class CaptionedPictureRows(Dataset):
+class SeededRows(Dataset):
+    """A dataset whose choices depend on `seed`, epoch and index alone."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        # In shared memory, so that workers which live on from epoch to epoch see it change.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the choices of `epoch` from now on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def chooser(self, index: int) -> random.Random:
+        """What chooses for the row `index` in this epoch; IndexError where there is no such row."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index is {index}; there are {len(self)} rows.")
+        return random.Random(stable_seed(self.seed, int(self._epoch), index))
+
+
+class CaptionedPictureRows(SeededRows):
     """Rows for `TransfusionDataCollator`: every picture once an epoch, and a share of the texts.
 
     For each picture a caption is chosen among its phrasings, and whether it comes before the picture or after it
@@ -53,10 +75,13 @@ class CaptionedPictureRows(Dataset):
         caption_first: float = 0.8,
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         if len(pictures) != len(latents) or not pictures:
             raise ValueError(
                 f"There are {len(pictures)} pictures and {len(latents)} latents; give as many of both, at least one."
             )
+        if edited := [picture.id for picture in pictures if picture.original is not None]:
+            raise ValueError(f"{edited[:3]} are edits of other pictures (source_file_name); make rows with EditRows.")
         if text_ratio < 0 or (text_ratio > 0 and not texts):
             raise ValueError(f"text_ratio is {text_ratio} with {len(texts)} texts; give texts, or a ratio of 0.")
         patch_size = processor.image_processor.patch_size
@@ -69,22 +94,13 @@ class CaptionedPictureRows(Dataset):
         self.text_order = random.Random(seed).sample(range(len(self.texts)), len(self.texts))
         self.num_texts = round(text_ratio * len(self.pictures))
         self.caption_first = caption_first
-        self.seed = seed
-        # In shared memory, so that workers which live on from epoch to epoch see it change.
-        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self._encoded: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the choices of `epoch` from now on."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.pictures) + self.num_texts
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index is {index}; there are {len(self)} rows.")
-        chooser = random.Random(stable_seed(self.seed, int(self._epoch), index))
+        chooser = self.chooser(index)
         if index < len(self.pictures):
             return self._picture_row(index, chooser)
         return self._text_row(index - len(self.pictures))
@@ -122,4 +138,69 @@ class CaptionedPictureRows(Dataset):
         return self._encoded[key]
 
 
-__all__ = ["CaptionedPictureRows", "stable_seed"]
+class EditRows(SeededRows):
+    """Rows of a picture, an instruction and the picture after it, for `TransfusionDataCollator`.
+
+    Source and instruction are the user's: the source is fed clean and has no loss, and neither it nor the instruction
+    is learned. What is learned is to begin an image after them, to draw it, and to end there. One of several phrasings
+    is chosen by `seed`, epoch and index alone.
+
+    Args:
+        sources: (C, h, w) of each picture to change, as `encode_pictures` makes them.
+        instructions: How to change each, in one phrasing or in several.
+        targets: (C, h, w) of each picture that comes out, of any size.
+        processor: Makes token ids and labels.
+        seed: Of all choices.
+
+    Raises:
+        ValueError: Sources, instructions and targets of different number, none at all, or no phrasing of one.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Tensor],
+        instructions: Sequence[str | Sequence[str]],
+        targets: Sequence[Tensor],
+        processor: TransfusionProcessor,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        if not len(sources) == len(instructions) == len(targets) or not sources:
+            raise ValueError(
+                f"There are {len(sources)} sources, {len(instructions)} instructions and {len(targets)} targets; give "
+                "as many of each, at least one."
+            )
+        self.sources = list(sources)
+        self.instructions = [[given] if isinstance(given, str) else list(given) for given in instructions]
+        for index, phrasings in enumerate(self.instructions):
+            if not phrasings or not all(phrasing.strip() for phrasing in phrasings):
+                raise ValueError(
+                    f"Edit {index} has the instructions {phrasings}; give at least one, and no empty one."
+                )
+        self.targets = list(targets)
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        chooser = self.chooser(index)
+        instruction = chooser.choice(self.instructions[index])
+        parts = [{"type": "image"}, {"type": "text", "text": instruction}, {"type": "image"}]
+        pictures = [self.sources[index], self.targets[index]]
+        row = self.processor(text=parts, latents=pictures, return_labels=True, return_tensors="pt")
+        input_ids, labels = row["input_ids"][0], row["labels"][0]
+        begins = torch.isin(input_ids, torch.tensor(self.processor.boi_token_ids)).nonzero()
+        labels[: int(begins[-1])] = IGNORE_INDEX
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "latent_patches": row["latent_patches"],
+            "image_grids": row["image_grids"],
+            "image_loss_mask": torch.tensor([False, True]),
+            "sample_seed": chooser.getrandbits(_SEED_BITS),
+            "sample_id": f"edit {index}",
+        }
+
+
+__all__ = ["CaptionedPictureRows", "EditRows", "SeededRows", "stable_seed"]
