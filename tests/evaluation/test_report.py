@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from PIL import Image
 from scripts.evaluate import main, parse_args
 from tests.test_pipeline import make_pipeline, seeded
 from transfusion.data import load_emoji, load_glosses
-from transfusion.evaluation.report import EvaluationSettings, caption_page, draw, evaluate_demo, sheet, write_captions
+from transfusion.evaluation.frechet import FRECHET
+from transfusion.evaluation.report import (
+    EvaluationSettings,
+    draw,
+    evaluate_demo,
+    name_scores,
+    two_halves,
+    write_captions,
+)
 from transfusion.evaluation.text import text_perplexity
 from transfusion.pipeline import TransfusionCaptionOutput, TransfusionPipelineOutput
 
@@ -37,7 +46,10 @@ def test_scores_are_written_and_those_of_a_model_that_knows_nothing(report: tupl
         "num_inference_steps": 2,
         "guidance_scale": None,
         "seed": 3,
+        "num_frechet": 0,
     }
+    assert (scores["num_pictures"], scores["num_texts"]) == (7, 12)
+    assert not any("frechet" in name for name in scores)
     assert scores["chance"] == 5 / len(load_emoji("train"))
     assert 0 <= scores["drawn_nearest"] <= scores["drawn_in_nearest_5"] <= 1
     assert scores["captions_with_name"] == 0
@@ -48,6 +60,31 @@ def test_scores_are_written_and_those_of_a_model_that_knows_nothing(report: tupl
     pipeline = make_pipeline(default_image_grid=(2, 3))
     few = text_perplexity(pipeline.model, pipeline.processor, load_glosses("held_out")[:12])
     assert scores["perplexity"] == pytest.approx(few)
+
+
+def test_the_table_holds_every_score_with_what_stands_beside_it(report: tuple[Path, dict]) -> None:
+    folder, scores = report
+    header, line, *rows = (folder / "evaluation.md").read_text().splitlines()
+    assert header == "| score | value | beside it | measured on |"
+    percent, nearest = (f"{100 * scores[name]:.1f} %" for name in ("drawn_in_nearest_5", "drawn_nearest"))
+    assert rows == [
+        f"| drawings with their picture among the 5 nearest | {percent} | chance 0.35 % | 7 drawings |",
+        f"| drawings whose nearest picture is theirs | {nearest} | chance 0.07 % | 7 drawings |",
+        "| captions with the right name | 0.0 % | another's name 0.0 % | 7 pictures |",
+        f"| perplexity of held-out definitions | {scores['perplexity']:.1f} | trigrams "
+        f"{scores['trigram_perplexity']:.1f} | 12 definitions |",
+    ]
+
+
+def test_chance_of_a_name_is_counted_over_all_pairs_with_another() -> None:
+    captions, names = ["a red heart", "a heart and a star", "nothing", "a star"], ["red heart", "star", "heart", "sun"]
+    right = [[name in caption for name in names] for caption in captions]
+    others = [right[i][j] for i in range(4) for j in range(4) if i != j]
+    assert name_scores(captions, names) == {
+        "captions_with_name": 0.5,
+        "captions_with_another_name": pytest.approx(sum(others) / 12),
+    }
+    assert sum(others) == 3
 
 
 def test_the_page_lists_the_pictures_of_both_splits_with_their_names(report: tuple[Path, dict]) -> None:
@@ -74,22 +111,6 @@ def test_the_sheet_holds_both_splits(report: tuple[Path, dict]) -> None:
     first = re.findall(r"!\[(.*?)\]", (folder / "captions.md").read_text())[0]
     [picture] = [picture for picture in load_emoji("train") if picture.name == first]
     assert np.array_equal(true, np.asarray(picture.image.resize((24, 16)).resize((64, 64))))
-
-
-def test_the_sheet_puts_each_picture_under_its_heading() -> None:
-    colours = ["red", "green", "blue", "black"]
-    squares = [Image.new("RGB", (8, 8), colour) for colour in colours]
-    page = sheet([("one", squares[:2]), ("two", squares[2:])], ["a", "b"], columns=1)
-    centres = [(150 + 32, 22 + 32), (150 + 70 + 32, 22 + 32), (150 + 32, 92 + 32), (150 + 70 + 32, 92 + 32)]
-    assert [page.getpixel(centre) for centre in centres] == [square.getpixel((0, 0)) for square in squares]
-    has_text = np.asarray(page.crop((0, 22, 150, 92))).min() < 128
-    assert has_text
-
-
-def test_captions_cannot_break_the_table(tmp_path: Path) -> None:
-    [picture] = load_emoji("train")[:1]
-    page = caption_page([picture], ["a | b\nc"], tmp_path / "pictures")
-    assert page.splitlines()[-1].endswith(f"| train | {picture.name} | a \\| b c |")
 
 
 def test_batches_change_neither_drawings_nor_captions() -> None:
@@ -121,11 +142,39 @@ class Oracle:
 
 
 def test_a_pipeline_that_is_always_right_scores_full_marks(tmp_path: Path) -> None:
-    scores = evaluate_demo(Oracle(), tmp_path, SETTINGS)
+    """Its Frechet distance, too: 50 drawings, 7 of them made for the other scores, and 50 pictures not drawn."""
+    scores = evaluate_demo(Oracle(), tmp_path, replace(SETTINGS, num_frechet=50))
+    assert scores[FRECHET] == pytest.approx(scores[f"{FRECHET}_floor"], rel=1e-6)
+    assert scores["frechet_num_pictures"] == 50
+    value = f"{scores[FRECHET]:.1f}"
+    expected = f"| Frechet distance (EfficientNet-Lite0) | {value} | floor (real pictures) {value} | 50 drawings |"
+    assert (tmp_path / "evaluation.md").read_text().splitlines()[-1] == expected
     assert scores["drawn_nearest"] == scores["drawn_in_nearest_5"] == scores["captions_with_name"] == 1
     for row in (tmp_path / "captions.md").read_text().splitlines()[2:]:
         _, _, name, said = row.strip("| ").split(" | ")
         assert said == f"this is {name}!"
+
+
+def test_the_halves_share_no_picture_and_the_first_begins_with_what_was_drawn() -> None:
+    chosen = [5, 3, 90]
+    own, others = two_halves(chosen, 100, 50, seed=1)
+    assert own[:3] == chosen
+    assert sorted(own + others) == list(range(100))
+    own, others = two_halves(chosen, 100, 2, seed=1)
+    assert own == [5, 3]
+    assert len(set(own + others)) == 4
+    assert two_halves(chosen, 100, 50, seed=1) != two_halves(chosen, 100, 50, seed=2)
+
+
+@pytest.mark.parametrize("count", [1, 49])
+def test_refuses_few_drawings_for_a_frechet_distance(count: int) -> None:
+    with pytest.raises(ValueError, match=f"num_frechet={count}; .* at least 50"):
+        EvaluationSettings(num_frechet=count)
+
+
+def test_refuses_more_drawings_than_half_of_the_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_frechet=711; at most half of the 1420"):
+        evaluate_demo(Oracle(), tmp_path, replace(SETTINGS, num_frechet=711))
 
 
 def test_the_command_takes_every_setting_and_prints_the_scores(
@@ -133,7 +182,19 @@ def test_the_command_takes_every_setting_and_prints_the_scores(
 ) -> None:
     assert len(load_glosses("held_out")) > 1000
     make_pipeline().save_pretrained(tmp_path)
-    options = ["--num_pictures", "2", "--num_texts", "2", "--num_shown", "1", "--num_inference_steps", "1"]
+    assert parse_args(["folder"]).num_frechet == 300
+    options = [
+        "--num_frechet",
+        "0",
+        "--num_pictures",
+        "2",
+        "--num_texts",
+        "2",
+        "--num_shown",
+        "1",
+        "--num_inference_steps",
+        "1",
+    ]
     main(parse_args([str(tmp_path), "--guidance_scale", "1.0", "--out", str(tmp_path / "out"), *options]))
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -3,6 +3,7 @@
 from .autoencoder import load_vae
 from .glosses import load_glosses
 from .pictures import CaptionedPicture, DataFault, DataReport, load_emoji, read_image_folder
+from .shapes import edit_triples, shapes_world
 from .tokenizer import load_tokenizer
 
 
@@ -10,9 +11,11 @@ __all__ = [
     "CaptionedPicture",
     "DataFault",
     "DataReport",
+    "edit_triples",
     "load_emoji",
     "load_glosses",
     "load_tokenizer",
     "load_vae",
     "read_image_folder",
+    "shapes_world",
 ]
