@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -99,12 +100,10 @@ def demo_processor(image_size: int = 64) -> TransfusionProcessor:
     return TransfusionProcessor(image_processor, load_tokenizer(), load_vae())
 
 
-def demo_config(processor: TransfusionProcessor, objective: str = "flow") -> TransfusionConfig:
-    """The preset `demo` with the ids, latents and picture size of `processor`."""
+def demo_config(processor: TransfusionProcessor, **overrides: Any) -> TransfusionConfig:
+    """The preset `demo` with the ids, latents and picture size of `processor`; `overrides` replace fields."""
     side = processor.image_processor.size["height"] // processor.image_processor.block
-    config = TransfusionConfig.from_preset(
-        "demo",
-        objective=objective,
+    fields = dict(
         vocab_size=len(processor.tokenizer),
         pad_token_id=processor.tokenizer.pad_token_id,
         bos_token_id=processor.tokenizer.bos_token_id,
@@ -114,8 +113,11 @@ def demo_config(processor: TransfusionProcessor, objective: str = "flow") -> Tra
         image_token_id=processor.image_token_id,
         latent_channels=processor.latent_channels,
         patch_size=processor.image_processor.patch_size,
+        size_token_grids=processor.size_token_grids,
+        size_token_ids=processor.size_token_ids,
         default_image_grid=(side, side),
     )
+    config = TransfusionConfig.from_preset("demo", **{**fields, **overrides})
     processor.check_model(config)
     return config
 
@@ -203,7 +205,7 @@ def train_demo(
     held_out = None
     if data is None:
         held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
-    model = TransfusionForMultimodalGeneration(demo_config(processor, recipe.objective))
+    model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
     if not torch.cuda.is_available():
         # For rows of a few dozen positions the fused kernel costs a CPU half as much again (docs/experiments.md).
         model.set_attn_implementation("eager")
