@@ -518,13 +518,15 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             path_or_model: A checkpoint of Llama, Mistral, Qwen 2 or 3, SmolLM 2 or 3, or such a model.
             processor: The `TransfusionProcessor` for it, whose tokens and latents the model then has.
             freeze_text: Train only what patches alone run through; wants `modality_experts`.
-            config_overrides: Fields of `TransfusionConfig`, such as `modality_experts="all"` or `patch_size=4`.
+            config_overrides: Fields of `TransfusionConfig`, such as `modality_experts="all"` or `patch_size=4`, and
+                `dtype` in place of the language model's.
 
         Raises:
             ValueError: A language model, or overrides, that this architecture cannot represent.
         """
         text_model = load_text_model(path_or_model)
-        model = cls(config_from_text_config(text_model.config, processor, **config_overrides)).to(text_model.dtype)
+        config_overrides.setdefault("dtype", text_model.dtype)
+        model = cls._from_config(config_from_text_config(text_model.config, processor, **config_overrides))
         load_text_weights(model, text_model)
         if freeze_text:
             freeze_text_tower(model)
