@@ -139,7 +139,7 @@ def test_a_short_context_takes_a_smaller_default_grid() -> None:
 
 def test_size_tokens_name_a_grid_and_back() -> None:
     config = TransfusionConfig(size_token_grids=[(2, 3), (4, 4)], size_token_ids=[7, 8])
-    boi = config.boi_token_id
+    boi = config.boi_token_ids[0]
     assert config.boi_token_ids == (boi, 7, 8)
     assert [config.boi_token_for(grid) for grid in ((2, 3), (4, 4), (3, 2))] == [7, 8, boi]
     assert [config.grid_of_boi(token) for token in (7, 8, boi, 9)] == [(2, 3), (4, 4), None, None]

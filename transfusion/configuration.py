@@ -268,8 +268,8 @@ class TransfusionConfig(PreTrainedConfig):
             "objective": OBJECTIVES,
             "timestep_density": TIMESTEP_DENSITIES,
         }
-        for name, allowed in choices.items():
-            _check(self, name, allowed.__contains__, " or ".join(map(repr, allowed)))
+        for name, values in choices.items():
+            _check(self, name, values.__contains__, " or ".join(map(repr, values)))
         _check(self, "noise_limit", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1")
         for name in ("initializer_range", "image_loss_weight"):
             _check(self, name, lambda v: _is_number(v) and v >= 0, "a finite number, 0 or more")

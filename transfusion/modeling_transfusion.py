@@ -594,7 +594,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if not skip_logits:
             logits = self.lm_head(hidden_states[:, kept])
-        if timesteps is not None:
+        if timesteps is not None and image_grids is not None:
             image_mask = self.model.get_image_mask(input_ids, inputs_embeds)
             image_prediction = self.patch_decoder(
                 hidden_states[image_mask],

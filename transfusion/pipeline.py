@@ -37,7 +37,7 @@ class TransfusionCaptionOutput(BaseOutput):
 
 def list_prompts(prompt: str | Sequence[str]) -> list[str]:
     """One or several prompts as a list; ValueError for anything else."""
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
     if not prompts or not all(isinstance(one, str) for one in prompts):
         raise ValueError(f"prompt={prompt!r}; give a string, or a list of at least one.")
     return prompts
