@@ -18,9 +18,9 @@ Time is the CPU time of the process: with OMP_NUM_THREADS=1, others on the machi
 --same_wall_time the faster of the two is trained once more, for as long as the slower one took.
 
 Everything is written to --out, and what is there already is not made again, so that the same command goes on after an
-interruption (other options want another --out): choice-SYSTEM.json, SYSTEM-BUDGET-SEED/ (weights, losses, drawings, scores), drawings.png (ours, theirs,
-true), comparison.json and comparison.md. Without seeds only the settings are chosen; with different seeds, several
-of these can then share the work.
+interruption (other options want another --out): choice-SYSTEM.json, SYSTEM-BUDGET-SEED/ (weights, losses, drawings,
+scores), drawings.png (ours, theirs, true), comparison.json and comparison.md. Without seeds only the settings are
+chosen; with different seeds, several of these can then share the work.
 """
 
 import argparse
