@@ -23,9 +23,8 @@ from ..modeling_transfusion import TransfusionForMultimodalGeneration
 from ..pipeline import TransfusionPipeline
 from ..processing import TransfusionProcessor
 from ..training.collator import TransfusionDataCollator
-from ..training.latent_cache import encode_pictures
 from ..training.optimizers import MuonAdamW
-from ..training.recipes import DemoRecipe, demo_config
+from ..training.recipes import DemoRecipe, demo_config, demo_rows, short_texts
 from ..training.rows import CaptionedPictureRows
 from ..training.trainer import TransfusionTrainer
 from .trials import BASE, Trial
@@ -68,25 +67,8 @@ def shapes_rows(
 ) -> CaptionedPictureRows:
     """The rows of `split`: pictures with their captions on either side, and a fifth of short definitions."""
     num_pictures = settings.num_pictures if split == "train" else settings.num_prompts
-    encoded = encode_pictures(shapes_world(num_pictures, split=split), processor, cache_dir)
-    recipe = DemoRecipe()
-    texts = short_texts(processor, split, recipe.max_text_tokens)
-    return CaptionedPictureRows(
-        encoded.pictures,
-        encoded.latents,
-        processor,
-        texts,
-        text_ratio=recipe.text_ratio,
-        caption_first=recipe.caption_first,
-        seed=seed,
-    )
-
-
-def short_texts(processor: TransfusionProcessor, split: str, max_tokens: int) -> list[str]:
-    """The shipped definitions of `split` of at most `max_tokens` tokens."""
-    texts = load_glosses(split)
-    lengths = map(len, processor.tokenizer(texts, split_special_tokens=True)["input_ids"])
-    return [text for text, length in zip(texts, lengths, strict=True) if length <= max_tokens]
+    pictures = shapes_world(num_pictures, split=split)
+    return demo_rows(DemoRecipe(seed=seed), processor, pictures, load_glosses(split), cache_dir)
 
 
 def training_arguments(settings: RunSettings, output_dir: Path, seed: int, steps: int) -> TrainingArguments:
@@ -141,7 +123,7 @@ def train_language_model(
         )
     )
     model.set_attn_implementation("eager")
-    texts = short_texts(processor, "train", DemoRecipe().max_text_tokens)
+    texts = short_texts(DemoRecipe(), processor, load_glosses("train"))
     rows = [[{"type": "text", "text": text}] for text in texts]
     encoded = processor(text=rows, return_labels=True, padding=False)
     dataset = [{"input_ids": ids, "labels": ids} for ids in encoded["input_ids"]]

@@ -131,17 +131,21 @@ def demo_rows(
 ) -> CaptionedPictureRows:
     """Encode `pictures` and mix them with the shorter ones of `texts`."""
     encoded = encode_pictures(pictures, processor, cache_dir)
-    lengths = map(len, processor.tokenizer(texts, split_special_tokens=True)["input_ids"])
-    texts = [text for text, length in zip(texts, lengths, strict=True) if length <= recipe.max_text_tokens]
     return CaptionedPictureRows(
         encoded.pictures,
         encoded.latents,
         processor,
-        texts,
+        short_texts(recipe, processor, texts),
         text_ratio=recipe.text_ratio,
         caption_first=recipe.caption_first,
         seed=recipe.seed,
     )
+
+
+def short_texts(recipe: DemoRecipe, processor: TransfusionProcessor, texts: list[str]) -> list[str]:
+    """The `texts` of at most `recipe.max_text_tokens` tokens."""
+    lengths = map(len, processor.tokenizer(texts, split_special_tokens=True)["input_ids"])
+    return [text for text, length in zip(texts, lengths, strict=True) if length <= recipe.max_text_tokens]
 
 
 def demo_arguments(recipe: DemoRecipe, output_dir: str | Path, max_steps: int | None) -> TrainingArguments:
