@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -134,7 +135,6 @@ def test_layers_compile_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dynamic", "manifold", "experts all", "unet"])
 def test_lora_trains_on_top_of_an_option(name: str) -> None:
-    peft = pytest.importorskip("peft")
     model = trained_model({"objective": "flow", **OPTIONS[name]})
     batch = make_batch([[5, 6, (2, 2), 8, 2]])
     expected = model(**batch, timesteps=torch.tensor([300.0])).image_prediction
