@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 from typing import Any
 
 import pytest
@@ -218,7 +219,15 @@ def test_bad_edits() -> None:
         EditRows(latents(2), ["a"], latents(2), tiny_processor())
     with pytest.raises(ValueError, match="0 sources"):
         EditRows([], [], [], tiny_processor())
-    with pytest.raises(ValueError, match="Edit 1 has no instruction"):
-        EditRows(latents(2), ["a", []], latents(2), tiny_processor())
+    for phrasings in ([], [""], ["blue", "  "]):
+        with pytest.raises(ValueError, match="Edit 1 has the instructions .* no empty one"):
+            EditRows(latents(2), ["a", phrasings], latents(2), tiny_processor())
     with pytest.raises(IndexError, match="4"):
         edit_rows()[4]
+
+
+def test_captions_are_not_made_of_edits() -> None:
+    (picture,) = pictures(1)
+    edited = dataclasses.replace(picture, original=picture)
+    with pytest.raises(ValueError, match="edits of other pictures.*EditRows"):
+        CaptionedPictureRows([edited], latents(1), tiny_processor())
