@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
+from transformers.image_utils import ChannelDimension
 
 from transfusion.configuration import TransfusionConfig
 from transfusion.image_processing import TransfusionImageProcessor, load_picture
@@ -378,6 +379,8 @@ def test_batches() -> None:
         ({"max_image_pixels": 1.5}, "max_image_pixels is 1.5"),
         ({"image_std": [0.5, 0.5, 0.0]}, "positive"),
         ({"image_mean": [0.5]}, "three numbers"),
+        ({"rescale_factor": 0}, "rescale_factor is 0"),
+        ({"input_data_format": "first"}, "input_data_format is 'first'"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -399,6 +402,111 @@ def test_saved_and_loaded(size: dict[str, int] | None, tmp_path: Path) -> None:
         assert type(loaded) is TransfusionImageProcessor
         assert loaded.to_dict() == processor.to_dict() and loaded.size == size
     assert TransfusionImageProcessor.from_pretrained(tmp_path, size={"height": 8, "width": 8}).size["height"] == 8
+
+
+# What transformers' callers pass
+
+
+def test_rescale_and_normalize_can_be_switched() -> None:
+    values = np.array([[[0, 51, 255]]], np.uint8)
+    picture = Image.fromarray(values)
+    cases: list[tuple[dict[str, Any], list[float]]] = [
+        ({}, [-1, -0.6, 1]),
+        ({"do_normalize": False}, [0, 0.2, 1]),
+        ({"do_rescale": False, "do_normalize": False}, [0, 51, 255]),
+        ({"do_rescale": False, "image_mean": 51, "image_std": 2}, [-25.5, 0, 102]),
+        ({"rescale_factor": -1.0, "do_normalize": False}, [0, -51, -255]),
+    ]
+    for options, expected in cases:
+        processor = TransfusionImageProcessor(patch_size=1, **options)
+        pixels = processor(picture)["pixel_values"][0]
+        assert pixels.dtype == np.float32
+        np.testing.assert_allclose(pixels.ravel(), expected, atol=1e-7)
+        np.testing.assert_array_equal(
+            TransfusionImageProcessor(patch_size=1)(picture, **options).pixel_values[0], pixels
+        )
+        assert np.asarray(processor.to_picture(torch.tensor(pixels))).tolist() == values.tolist()
+        floats = processor(values / 255)["pixel_values"][0]  # on [0, 1] already
+        scale = 255 if options.get("do_rescale") is False else 1
+        unscaled = TransfusionImageProcessor(patch_size=1, **{**options, "do_normalize": False})
+        if "image_mean" not in options:
+            np.testing.assert_allclose(floats * scale, unscaled(picture).pixel_values[0] if scale > 1 else pixels)
+
+
+def test_channels_can_be_kept() -> None:
+    values = np.random.default_rng(0).integers(0, 256, (8, 6, 4), np.uint8)
+    plain: dict[str, Any] = {"do_convert_rgb": False, "do_normalize": False, "do_rescale": False}
+    for picture, expected in (
+        (values, values),
+        (values.transpose(2, 0, 1), values),
+        (Image.fromarray(values), values),
+        (values[..., :1], values[..., :1]),
+        (Image.fromarray(values[..., 0]), values[..., :1]),
+        (values[..., :3], values[..., :3]),
+    ):
+        pixels = TransfusionImageProcessor()(picture, **plain)["pixel_values"][0]
+        np.testing.assert_array_equal(pixels, expected.transpose(2, 0, 1))
+    means: dict[str, Any] = {"image_mean": [0.0] * 4, "image_std": [1.0] * 4}
+    pixels = TransfusionImageProcessor()(values, do_convert_rgb=False, **means)["pixel_values"][0]
+    np.testing.assert_allclose(pixels, values.transpose(2, 0, 1) / 255, rtol=1e-6)
+    with pytest.raises(ValueError, match="4 channels and image_mean"):
+        TransfusionImageProcessor()(values, do_convert_rgb=False)
+    with pytest.raises(ValueError, match="three numbers"):
+        TransfusionImageProcessor(**means)
+    with pytest.raises(ValueError, match="mode P"):
+        TransfusionImageProcessor()(Image.new("P", (4, 4)), do_convert_rgb=False)
+
+
+def test_the_order_of_axes_can_be_said() -> None:
+    values = np.arange(3 * 4 * 3, dtype=np.uint8).reshape(3, 4, 3)
+    processor = TransfusionImageProcessor(patch_size=1)
+    with pytest.raises(ValueError, match="could be channels first or last"):
+        processor(values)
+    first = processor(values, input_data_format="channels_first")["pixel_values"][0]
+    last = processor(values, input_data_format="channels_last")["pixel_values"][0]
+    np.testing.assert_array_equal(first, processor(Image.fromarray(values.transpose(1, 2, 0))).pixel_values[0])
+    np.testing.assert_array_equal(last, processor(Image.fromarray(values)).pixel_values[0])
+    with pytest.raises(ValueError, match="input_data_format='channels_last'"):
+        processor(noise(3, 4, 8), input_data_format="channels_last")
+
+
+@pytest.mark.parametrize("tensors", [None, "pt", "np"])
+def test_nested_lists_and_batches_of_arrays(tensors: str | None) -> None:
+    batch = np.stack([noise(4, 6, 3), noise(4, 6, 3)])
+    processor = TransfusionImageProcessor()
+    expected = np.stack(processor(list(batch))["pixel_values"])
+    for images in (batch, torch.tensor(batch), [[batch[0]], [], [batch[1]]], (batch[0], torch.tensor(batch[1]))):
+        pixels = processor(images=images, return_tensors=tensors)["pixel_values"]
+        np.testing.assert_array_equal(np.stack([np.asarray(value) for value in pixels]), expected)
+    with pytest.raises(ValueError, match=r"\(3, 4, 4\), \(3, 4, 6\).* cannot be stacked"):
+        processor([noise(4, 4), noise(4, 6)], return_tensors="np")
+
+
+def test_options_of_backends() -> None:
+    processor = TransfusionImageProcessor()
+    same: dict[str, Any] = {"device": "cpu", "data_format": ChannelDimension.FIRST, "disable_grouping": True}
+    pixels = processor(noise(4, 4), **same, do_resize=None, resample=None)["pixel_values"][0]
+    np.testing.assert_array_equal(pixels, processor(noise(4, 4))["pixel_values"][0])
+    for option in ({"device": "cuda"}, {"data_format": "channels_last"}):
+        with pytest.raises(ValueError, match="alone"):
+            processor(noise(4, 4), **option)
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_patch_grids_are_those_of_pictures(size: int | None) -> None:
+    processor = TransfusionImageProcessor(size, patch_size=2, vae_scale_factor=4)
+    for height, width in ((8, 8), (30, 17), (9, 100)):
+        pixels = processor(noise(height, width))["pixel_values"][0]
+        assert processor.patch_grid(height, width) == (pixels.shape[1] // 8, pixels.shape[2] // 8)
+    assert processor.patch_grid(8, 8, size={"height": 24, "width": 8}) == (3, 1)
+
+
+def test_attributes_of_others_are_not_saved(tmp_path: Path) -> None:
+    processor = TransfusionImageProcessor()
+    processor.is_override = True
+    processor.save_pretrained(tmp_path)
+    assert "is_override" not in (tmp_path / "preprocessor_config.json").read_text()
+    assert TransfusionImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
 
 
 def test_torchvision_is_not_needed() -> None:

@@ -540,8 +540,9 @@ def test_output_without_pictures(processor: TransfusionProcessor) -> None:
     assert processor.post_process_multimodal_output(output) == [[" red heart"]]
     sequences = torch.tensor([text_ids("a red heart") + [1]])
     for value in (sequences, sequences.numpy()):
-        assert processor.post_process_multimodal_output(value) == [["a red heart"]]
+        assert processor.post_process_multimodal_output(value) == ["a red heart"]
         assert processor.post_process_multimodal_output(value, generation_mode="text") == ["a red heart"]
+        assert processor.post_process_multimodal_output(value, generation_mode="interleaved") == [["a red heart"]]
         assert processor.post_process_image_text_to_text(value) == ["a red heart"]
         assert processor.batch_decode(value) == ["a red heart<eos>"]
     assert processor.decode(sequences[0], skip_special_tokens=True) == "a red heart"

@@ -1,7 +1,8 @@
 """`TransfusionProcessor`: text and pictures -> what the model reads, and what it writes -> text and pictures.
 
 A row is `text <boi> patch ... patch <eoi> text`; each patch position holds the id of `<image>`. No text can become a
-control token: only a picture makes `<boi>`, `<image>` and `<eoi>`, only labels bring `<eos>`, only padding `<pad>`.
+control token: only a picture makes `<boi>`, `<image>` and `<eoi>`, only labels bring `<eos>`, only padding `<pad>`. A
+chat template writes control tokens of its own (see `chat.py`); what its messages say stays text there too.
 A picture of a grid that has a size token, as `<boi_4x6>`, begins with that in place of `<boi>`.
 
 Labels are unshifted (the model shifts them) and -100 is not learned. Nothing is learned where the input is `<boi>` or
@@ -14,50 +15,71 @@ Shapes: B rows, L tokens, N images of the whole batch in reading order, P patche
 p patch size, D = C * p * p.
 """
 
+import copy
 import itertools
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils.chat_template_utils import _get_template_variables, get_json_schema
 
 from .autoencoder import decode_latents, encode_pixels, load_vae, require_finite, save_vae, spatial_factor
-from .image_processing import TransfusionImageProcessor
+from .chat import CHAT_TEMPLATE, ChatTokens, mark_chats, render_chats
+from .image_processing import TransfusionImageProcessor, TransfusionImageProcessorKwargs
 from .latents import patchify, split_images, unpatchify
+from .layout import Part, Row, Token, cut_row, pad_rows, padded_length, read_rows
+from .sharing import SharedProcessor
 
 
 IGNORE_INDEX = -100
 
-_CALL_OPTIONS = ("return_labels", "padding", "padding_side", "max_length", "truncation", "images_kwargs")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# transformers' options of a tokenizer that rows with pictures cannot have.
+_REFUSED_OPTIONS = (
+    "text_pair",
+    "text_target",
+    "text_pair_target",
+    "stride",
+    "is_split_into_words",
+    "return_token_type_ids",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_offsets_mapping",
+    "return_length",
+    "return_text_replacement_offsets",
+)
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class _Text(NamedTuple):
-    """A stretch of text; in `trusted` text, a chat template's own, control tokens count."""
+class TransfusionImagesKwargs(TransfusionImageProcessorKwargs, total=False):
+    """What the image processor takes in a call."""
 
-    text: str
-    trusted: bool = False
-
-
-class _Picture(NamedTuple):
-    """A picture to encode, or a latent (C, h, w) if `is_latent`."""
-
-    source: Any
-    is_latent: bool = False
+    return_tensors: str | None
+    data_format: str | None
+    device: str | None
+    disable_grouping: bool | None
 
 
-_Row = list[_Text | _Picture]
-_OPEN = _Picture(None)  # a placeholder whose picture is in `images` or `latents`; compared by identity
+class TransfusionProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """What a call of `TransfusionProcessor` takes beside texts and pictures."""
+
+    images_kwargs: TransfusionImagesKwargs
+    return_labels: bool | str
 
 
-class TransfusionProcessor(ProcessorMixin):
+class _ProcessorBase(SharedProcessor, ProcessorMixin):
+    """transformers' tools ask the direct base of a processor what it inherits."""
+
+
+class TransfusionProcessor(_ProcessorBase):
     """Owns the tokenizer, the image processor and the VAE.
 
     Args:
@@ -66,7 +88,8 @@ class TransfusionProcessor(ProcessorMixin):
             names its own `boi_token`, `eoi_token`, `image_token`.
         vae: A diffusers `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, kept by reference and saved in `vae/`.
             None: pixels are the latents.
-        chat_template: A Jinja template for `apply_chat_template`.
+        chat_template: A Jinja template for `apply_chat_template`. None takes the tokenizer's own, if that places
+            pictures, or else the shipped one, `CHAT_TEMPLATE`.
         size_token_grids: Grids (rows, columns) of patches, each of which gets a begin-of-image token of its own,
             `<boi_4x6>` for (4, 6), added behind the others. So a model can choose the size of what it draws.
 
@@ -75,8 +98,8 @@ class TransfusionProcessor(ProcessorMixin):
             an id; size tokens for what is no grid, or twice for one.
     """
 
-    # A slot keeps the VAE out of `__dict__`, which transformers deep-copies whenever it prints or saves a processor.
-    __slots__ = ("size_token_grids", "vae")
+    valid_processor_kwargs = TransfusionProcessorKwargs
+    text_kwargs = {"padding": True}
 
     def __init__(
         self,
@@ -87,6 +110,7 @@ class TransfusionProcessor(ProcessorMixin):
         size_token_grids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        tokenizer.padding_side = "left"  # transformers' pipelines pad prompts by it, and go on behind them
         self.vae = vae
         self.size_token_grids = None if size_token_grids is None else _read_grids(size_token_grids)
         factor = 1 if vae is None else spatial_factor(vae)
@@ -103,6 +127,10 @@ class TransfusionProcessor(ProcessorMixin):
         ids = tokenizer.convert_tokens_to_ids(tokens)
         if len(set(ids)) != len(tokens):
             raise ValueError(f"The image tokens {tokens} have the ids {ids}; the tokenizer must give each its own.")
+        if chat_template is None:
+            own = tokenizer.chat_template
+            places_images = isinstance(own, str) and ("image_token" in own or self.image_token in own)
+            self.chat_template = own if places_images else CHAT_TEMPLATE
 
     @property
     def boi_token(self) -> str:
@@ -189,37 +217,31 @@ class TransfusionProcessor(ProcessorMixin):
         if wrong:
             raise ValueError(f"Model and processor do not fit: {'; '.join(wrong)}. Make one from the other's values.")
 
-    def __call__(
-        self,
-        images: Any = None,
-        text: Any = None,
-        latents: Any = None,
-        return_labels: bool = False,
-        padding: bool | str = True,
-        padding_side: str | None = None,
-        max_length: int | None = None,
-        truncation: bool = False,
-        return_tensors: str | None = None,
-        images_kwargs: dict[str, Any] | None = None,
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, latents: Any = None, **kwargs: Any) -> BatchFeature:
         """Encode one row or a batch of rows.
 
         Args:
             images: A picture, a list of them in reading order, or one list per row. Pictures are local paths, bytes,
-                PIL images, arrays or tensors.
+                PIL images, arrays or tensors; an array of four axes is a list of them.
             text: A string, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image"}`, the picture
                 under `"image"` or taken from `images`; or a list of such rows. In a string that has pictures
                 `<image>` marks their places; in a string without, and in parts, it is ordinary text. White space
-                beside a picture is stripped.
+                beside a picture is stripped. None: only the pictures are encoded.
             latents: Scaled latents (C, h, w), as `encode_images` makes them, in place of `images`.
-            return_labels: Append `<eos>` and return `labels` (see the module's docstring).
-            padding: True or `"longest"`, `"max_length"`, or False.
-            padding_side: By default left for prompts and right with labels.
-            max_length: Longest row, in tokens; a longer one is refused.
-            truncation: Cut longer rows on the right instead; they lose their `<eos>`. A row of which a picture would
-                be cut is still refused.
-            return_tensors: `"pt"`, `"np"`, or None for lists of ids.
-            images_kwargs: Options of the image processor, for this call.
+            kwargs: Options, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; what the tokenizer was
+                made with (`padding`, `max_length`) is the default:
+
+                - `return_labels`: Append `<eos>` and return `labels` (see the module's docstring).
+                - `padding`: True or `"longest"` (the default), `"max_length"`, or False.
+                - `padding_side`: By default left for prompts and right with labels.
+                - `pad_to_multiple_of`: Pad further, to a multiple.
+                - `max_length`: Longest row, in tokens; a longer one is refused.
+                - `truncation`: Cut longer rows on the right instead; they lose their `<eos>`. A row of which a
+                  picture would be cut is still refused.
+                - `add_special_tokens`: False leaves the tokenizer's `<bos>` out.
+                - `return_mm_token_type_ids`: Return `mm_token_type_ids` (B, L), 1 for patches and 0 elsewhere.
+                - `return_tensors`: `"pt"`, `"np"`, or None for lists of ids.
+                - Options of the image processor, for this call.
 
         Returns:
             `input_ids` and `attention_mask` (B, L), `labels` (B, L) if asked for; and where there are pictures
@@ -227,26 +249,63 @@ class TransfusionProcessor(ProcessorMixin):
 
         Raises:
             ValueError: An empty batch or row, pictures and placeholders that do not match, a row that is too long, a
-                picture or a latent that cannot be used.
+                picture or a latent that cannot be used, an option that does not exist.
         """
-        rows = self._layout(text, images, latents)
-        latents = self._latents(rows, images_kwargs or {})
-        patches = [patchify(latent, self.image_processor.patch_size) for latent in latents]
-        sides = [[side // self.image_processor.patch_size for side in latent.shape[1:]] for latent in latents]
-        grids = iter([(rows, columns) for rows, columns in sides])
-        bos, eos = self._bos(), self._eos() if return_labels else []
-        all_ids = [self._row_ids(row, grids, bos) + eos for row in rows]
-        all_ids = [self._cut(ids, index, max_length, truncation) for index, ids in enumerate(all_ids)]
-        side = padding_side or ("right" if return_labels else "left")
-        data = self._pad(all_ids, padding, side, max_length, return_labels)
-        if patches:
-            data |= {"latent_patches": torch.cat(patches), "image_grids": torch.tensor(sides)}
-        return BatchFeature(data, tensor_type=return_tensors)
+        options = self._options(kwargs)
+        if options["return_labels"] not in (True, False):
+            raise ValueError(
+                f"return_labels is {options['return_labels']!r}; allowed: True and False, and 'assistant' in "
+                "apply_chat_template alone."
+            )
+        rows = read_rows(text, images, latents, self.image_token)
+        if text is None:
+            return BatchFeature(self._images(rows, options)[0], tensor_type=options["return_tensors"])
+        return self._encode(rows, options)
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call was given, by name; the image processor's own under `images_kwargs`."""
+        kwargs = dict(kwargs)
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} is given; {type(self).__name__} reads text and images.")
+        if unknown := sorted(_unknown_options(kwargs)):
+            raise ValueError(f"{', '.join(unknown)}: not an option of {type(self).__name__}; see its `__call__`.")
+        # Rows are padded on the side that their use asks for, not on the tokenizer's.
+        init = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        try:
+            merged = self._merge_kwargs(tokenizer_init_kwargs=init, **kwargs)
+        except (StrictDataclassError, TypeError) as error:
+            raise ValueError(f"An option has a wrong value: {error}") from error
+        text = merged["text_kwargs"]
+        if refused := [name for name in _REFUSED_OPTIONS if text.get(name)]:
+            raise ValueError(f"{', '.join(refused)}: not possible for rows of text and pictures; leave it out.")
+        images = {name: value for name, value in merged["images_kwargs"].items() if name != "return_tensors"}
+        labels = {"return_labels": merged.get("return_labels", False), "return_assistant_tokens_mask": False}
+        shared = {"return_mm_token_type_ids": merged["return_mm_token_type_ids"]}
+        return {"return_tensors": None, **text, **shared, **labels, "images_kwargs": images}
+
+    def _encode(self, rows: list[Row], options: dict[str, Any]) -> BatchFeature:
+        """Rows -> what the model reads."""
+        images, sides = self._images(rows, options)
+        grids = iter(sides)
+        bos = self._bos() if options.get("add_special_tokens") in (None, True) else []
+        eos = self._eos() if options["return_labels"] is True else []
+        tokens = [self._row_tokens(row, grids, bos) for row in rows]
+        tokens = [row if [row[-1][0]] == eos else row + [(token, False) for token in eos] for row in tokens]
+        image_ids = (self.image_token_id, self.eoi_token_id)
+        tokens = [cut_row(row, index, options, image_ids) for index, row in enumerate(tokens)]
+        data = self._pad(tokens, options) | images
+        return BatchFeature(data, tensor_type=options["return_tensors"])
 
     def apply_chat_template(
         self,
         conversation: Any,
         chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = None,
         return_dict: bool = False,
@@ -255,133 +314,83 @@ class TransfusionProcessor(ProcessorMixin):
     ) -> Any:
         """Render messages, and with `tokenize` encode them as `__call__` does.
 
-        The template's own control tokens count; those in the messages are ordinary text.
+        The template's own control tokens count; those in the messages are ordinary text. In the shipped template a
+        turn is its role, a line break, the content and `<eos>`. The role is ordinary text too, and what makes it a
+        role is that it stands at the start or behind an `<eos>`, which no message can write.
 
         Args:
             conversation: A list of messages `{"role": ..., "content": ...}`, or a list of such lists. Content is a
-                string or a list of parts as in `__call__`; a picture is under `"image"`, or its file under `"path"`.
+                string or a list of parts as in `__call__`; a picture is under `"image"`, its file under `"path"` or
+                `"url"`, or its file's bytes under `"base64"` or in a `data:` URL. Nothing is fetched.
             chat_template: A template, or the name of one, instead of the processor's.
+            tools: Tools, for templates that know them.
+            documents: Documents, for templates that know them.
+            add_generation_prompt: End with the beginning of an assistant's turn.
+            continue_final_message: Leave the last turn open.
+            return_assistant_tokens_mask: With `tokenize` and `return_dict`, return `assistant_masks` (B, L), 1 where
+                the assistant wrote, as the template's generation blocks say.
             tokenize: Return ids, not a string.
             return_tensors: As in `__call__`.
             return_dict: With `tokenize`, return all that `__call__` does, not the ids alone.
-            processor_kwargs: With `tokenize`, options of `__call__`.
-            kwargs: `add_generation_prompt`, `continue_final_message` and variables of the template.
+            processor_kwargs: With `tokenize`, options of `__call__`, and `images` for image parts that have no picture
+                of their own. `return_labels="assistant"` learns the assistant's turns alone.
+            kwargs: Variables of the template; others are taken for options of `__call__`.
 
         Raises:
-            ValueError: A picture that is not a local one, a control token in a role or variable, or a template that
-                alters the messages' text.
+            ValueError: A picture that is not a local one, a control token in a role, tool or variable, or a template
+                that alters the messages' text or does not mark the assistant's.
         """
+        if not conversation:
+            raise ValueError(f"The conversation is {conversation!r}; give at least one message.")
+        template = self._resolve_chat_template(chat_template)
+        tools = tools and [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
+        flags: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
         if not tokenize:
-            return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
-        options = {name: kwargs.pop(name) for name in _CALL_OPTIONS if name in kwargs} | (processor_kwargs or {})
-        kwargs.pop("sanitize_control_tokens", None)  # always so here
-        self._refuse_control_tokens(kwargs)
-        # Random marks are rendered in place of the messages' texts and then replaced by them, so that no message can
-        # pass for a part of the template.
-        mark = secrets.token_hex(16)
-        texts: list[str] = []
-        conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
-        pictures: list[list[Any]] = [[] for _ in conversations]
-        marked = [
-            [self._mark_message(message, mark, texts, found) for message in messages]
-            for messages, found in zip(conversations, pictures, strict=True)
-        ]
-        prompts = super().apply_chat_template(marked, chat_template=chat_template, **kwargs)
-        rows = [self._unmark(prompt, mark, texts) for prompt in prompts]
-        out = self(text=rows, images=pictures, **{"return_tensors": return_tensors, **options})
+            kwargs |= {"tools": tools, "documents": documents, **flags}
+            return super().apply_chat_template(conversation, chat_template=template, **kwargs)
+        for name in ("sanitize_control_tokens", "load_audio_from_video"):  # always so, and never
+            kwargs.pop(name, None)
+        variables = {name: kwargs.pop(name) for name in kwargs.keys() & _get_template_variables(template)}
+        given = {"return_tensors": None if return_tensors == "auto" else return_tensors, **kwargs}
+        given |= processor_kwargs or {}
+        images = given.pop("images", None)
+        options = self._options(given) | {"return_assistant_tokens_mask": return_assistant_tokens_mask}
+        marks_assistant = return_assistant_tokens_mask or options["return_labels"] == "assistant"
+        if marks_assistant and (continue_final_message or not _GENERATION_BLOCK.search(template)):
+            raise ValueError(
+                "return_assistant_tokens_mask and return_labels='assistant' need a chat template with a generation "
+                "block, and no continue_final_message."
+            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other; give one of them.")
+        conversations, is_batched = self._normalize_conversations(conversation)
+        chats = mark_chats(conversations, is_batched, images)
+        tokens = ChatTokens(self.tokenizer.special_tokens_map, [*self._control_tokens().values()], self.image_token)
+        flags |= {"chat_template": template, "return_assistant_tokens_mask": marks_assistant}
+        rows = render_chats(chats, {"tools": tools, "documents": documents}, variables, flags, tokens)
+        out = self._encode(rows, options)
         return out if return_dict else out["input_ids"]
 
-    def _mark_message(self, message: Mapping, mark: str, texts: list[str], pictures: list[Any]) -> dict[str, Any]:
-        """Copy a message, with marks for its texts; collect the texts and pictures."""
-        self._refuse_control_tokens({key: value for key, value in message.items() if key != "content"})
+    def _images(self, rows: list[Row], options: dict[str, Any]) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+        """What the model reads of the pictures, and the grid of each."""
+        side = self.image_processor.patch_size
+        latents = self._latents(rows, options["images_kwargs"])
+        grids = [(latent.shape[1] // side, latent.shape[2] // side) for latent in latents]
+        if not latents:
+            return {}, grids
+        patches = torch.cat([patchify(latent, side) for latent in latents])
+        return {"latent_patches": patches, "image_grids": torch.tensor(grids)}, grids
 
-        def marked(text: str) -> str:
-            texts.append(text)
-            return f"{mark}:{len(texts) - 1};" if text else ""  # templates ask whether a text is empty
-
-        content = message.get("content") or ""
-        if isinstance(content, str):
-            return {**message, "content": marked(content)}
-        parts = []
-        for part in content:
-            if part.get("type") == "image" and "path" in part:
-                part = {"type": "image", "image": part["path"]}
-            segment = _parse_part(part)
-            if isinstance(segment, _Text):
-                parts.append({"type": "text", "text": marked(segment.text)})
-            elif segment is _OPEN:
-                raise ValueError(
-                    f"An image part of a message has the keys {sorted(part)}; give the picture under 'image' or its "
-                    "file under 'path'. URLs are not fetched."
-                )
-            else:
-                pictures.append(segment.source)
-                parts.append({"type": "image"})
-        return {**message, "content": parts}
-
-    def _unmark(self, prompt: str, mark: str, texts: list[str]) -> _Row:
-        """Cut a rendered prompt into the template's text, the messages' texts and open placeholders."""
-        row: _Row = []
-        for index, piece in enumerate(re.split(rf"{mark}:(\d+);", prompt)):
-            if index % 2:
-                row.append(_Text(texts[int(piece)]))
-            elif any(mark[start : start + 8] in piece.lower() for start in range(len(mark) - 7)):
-                raise ValueError("The chat template alters the text of a message; use one that prints it as it is.")
-            else:
-                row += self._split(piece, trusted=True)
-        return row
-
-    def _refuse_control_tokens(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if found := [token for token in self._control_tokens().values() if token in str(value)]:
-                raise ValueError(
-                    f"{name!r} of a chat holds the control tokens {found}; only the content of messages may, where "
-                    "they are ordinary text."
-                )
-
-    def _layout(self, text: Any, images: Any, latents: Any) -> list[_Row]:
-        """Rows of texts and pictures, every placeholder filled, neighbouring texts joined."""
-        if images is not None and latents is not None:
-            raise ValueError("Both images and latents are given; give the one or the other.")
-        if not isinstance(text, str | list | tuple) or not text:
-            raise ValueError(f"text is {text!r}; give a string or a list of parts, not empty, or a list of such rows.")
-        batch = [text] if isinstance(text, str) or isinstance(text[0], Mapping) else text
-        given, nested = _as_groups(images if latents is None else latents, len(batch))
-        rows = [self._parse_row(row, index, bool(given[index * nested])) for index, row in enumerate(batch)]
-        for index, pictures in enumerate(given):
-            group = [rows[index]] if nested else rows
-            places = sum(part is _OPEN for row in group for part in row)
-            if places != len(pictures):
-                raise ValueError(
-                    f"There are {places} image placeholders and {len(pictures)} pictures"
-                    f"{f' in row {index}' if nested else ''}; give one picture for each {self.image_token} in a "
-                    "string and each image part that has none of its own."
-                )
-        supply = (_Picture(picture, latents is not None) for pictures in given for picture in pictures)
-        rows = [_join([next(supply) if part is _OPEN else part for part in row]) for row in rows]
-        if [] in rows:
-            raise ValueError(f"Row {rows.index([])} has neither text nor a picture; every row needs one.")
-        return rows
-
-    def _parse_row(self, row: Any, index: int, has_pictures: bool) -> _Row:
-        if isinstance(row, str):
-            return self._split(row) if has_pictures else [_Text(row)]
-        if isinstance(row, list | tuple):
-            return [_parse_part(part) for part in row]
-        raise ValueError(f"Row {index} of text is a {type(row).__name__}; give a string or a list of parts.")
-
-    def _split(self, text: str, trusted: bool = False) -> _Row:
-        """Cut a string at its placeholders."""
-        first, *others = text.split(self.image_token)
-        return [_Text(first, trusted), *(part for other in others for part in (_OPEN, _Text(other, trusted)))]
-
-    def _latents(self, rows: list[_Row], images_kwargs: dict[str, Any]) -> list[Tensor]:
+    def _latents(self, rows: list[Row], images_kwargs: dict[str, Any]) -> list[Tensor]:
         """Scaled float32 latents (C, h, w) of all pictures, on the CPU."""
-        pictures = [part for row in rows for part in row if isinstance(part, _Picture)]
-        sources = [picture.source for picture in pictures if not picture.is_latent]
+        parts = [part for row in rows for part in row if part.is_image]
+        sources = [part.content for part in parts if part.kind == "picture"]
         pixels = self.image_processor(sources, **images_kwargs)["pixel_values"] if sources else []
         encoded = iter(self.encode_images(pixels))
-        return [self._given(part.source) if part.is_latent else next(encoded).cpu() for part in pictures]
+        return [next(encoded).cpu() if part.kind == "picture" else self._given(part.content) for part in parts]
 
     def _given(self, latent: Any) -> Tensor:
         """Check a latent that a caller gives in place of a picture."""
@@ -394,28 +403,38 @@ class TransfusionProcessor(ProcessorMixin):
             )
         return require_finite(latent.detach().cpu().float(), "A given latent")
 
-    def _row_ids(self, row: _Row, grids: Iterator[tuple[int, int]], bos: list[int]) -> list[int]:
-        """Token ids of a row; `grids` yields the grid of each picture."""
-        ids: list[int] = []
+    def _row_tokens(self, row: Row, grids: Iterator[tuple[int, int]], bos: list[int]) -> list[Token]:
+        """Tokens of a row; `grids` yields the grid of each picture."""
+        tokens: list[Token] = []
         for part in row:
-            if isinstance(part, _Text):
-                ids += self._text_ids(part)
+            if part.kind == "text":
+                tokens += self._text_tokens(part)
+                continue
+            written = any(part.written)
+            if part.kind == "control":
+                ids = [self.tokenizer.convert_tokens_to_ids(part.content)]
             else:
-                rows, columns = next(grids)
-                patches = [self.image_token_id] * (rows * columns)
-                ids += [self.boi_token_for((rows, columns)), *patches, self.eoi_token_id]
-        return ids if ids[:1] == bos else bos + ids  # a chat template may have written it
+                grid = next(grids)
+                ids = [self.boi_token_for(grid), *[self.image_token_id] * (grid[0] * grid[1]), self.eoi_token_id]
+            tokens += [(token, written) for token in ids]
+        begins = [token for token, _ in tokens[:1]] == bos  # a chat template may have written it
+        return tokens if begins else [(token, False) for token in bos] + tokens
 
-    def _text_ids(self, part: _Text) -> list[int]:
-        options = {"add_special_tokens": False, "split_special_tokens": not part.trusted, "verbose": False}
-        ids = self.tokenizer(part.text, **options)["input_ids"]
+    def _text_tokens(self, part: Part) -> list[Token]:
+        marked = any(part.written)
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        encoded = self.tokenizer(part.content, return_offsets_mapping=marked, **options)
+        ids = encoded["input_ids"]
         control = self._control_tokens()
-        if not part.trusted and (found := [control[token_id] for token_id in ids if token_id in control]):
+        if found := [control[token_id] for token_id in ids if token_id in control]:
             raise ValueError(
                 f"The tokenizer makes the control tokens {found} from ordinary text; take a byte-level one, in whose "
                 "vocabulary no word spells a control token."
             )
-        return ids
+        if not marked:
+            return [(token, False) for token in ids]
+        spans = encoded["offset_mapping"]
+        return [(token, any(part.written[start:end])) for token, (start, end) in zip(ids, spans, strict=True)]
 
     def _control_tokens(self) -> dict[int, str]:
         """The tokens that a text can never become, by id. An unknown word is no control token."""
@@ -434,50 +453,30 @@ class TransfusionProcessor(ProcessorMixin):
             raise ValueError("return_labels=True ends rows with <eos>, but the tokenizer has no eos_token; set it.")
         return [self.tokenizer.eos_token_id]
 
-    def _cut(self, ids: list[int], index: int, max_length: int | None, truncation: bool) -> list[int]:
-        """Hold a row to `max_length`, without losing a patch."""
-        if max_length is None or len(ids) <= max_length:
-            return ids
-        if not truncation:
-            raise ValueError(
-                f"Row {index} has {len(ids)} tokens and max_length is {max_length}; shorten it, raise max_length, or "
-                "pass truncation=True to cut its text."
-            )
-        if {self.image_token_id, self.eoi_token_id} & set(ids[max_length:]):
-            raise ValueError(
-                f"Row {index} has {len(ids)} tokens, and cutting it to max_length={max_length} would cut a picture; "
-                "raise max_length, or use a smaller picture or less text before it."
-            )
-        return ids[:max_length]
-
-    def _pad(
-        self, all_ids: list[list[int]], padding: bool | str, side: str, max_length: int | None, return_labels: bool
-    ) -> dict[str, Any]:
-        """Rows of ids -> padded `input_ids`, `attention_mask` and `labels`."""
-        longest = max(map(len, all_ids))
-        length = {True: longest, "longest": longest, "max_length": max_length, False: 0}.get(padding)
-        if length is None or side not in ("left", "right"):
-            raise ValueError(
-                f"padding is {padding!r}, padding_side {side!r}, max_length {max_length!r}; allowed: True, 'longest', "
-                "False, or 'max_length' with a max_length; and 'left' or 'right'."
-            )
+    def _pad(self, rows: list[list[Token]], options: dict[str, Any]) -> dict[str, Any]:
+        """Rows of tokens -> padded `input_ids`, `attention_mask`, and what else of their shape is asked for."""
+        labels = options["return_labels"]
+        side = options.get("padding_side") or ("right" if labels else "left")
+        length = padded_length([len(row) for row in rows], options)
         pad_token_id = self.tokenizer.pad_token_id
-        if pad_token_id is None and any(len(ids) < length for ids in all_ids):
+        if pad_token_id is None and any(len(row) < length for row in rows):
             raise ValueError("The rows need padding, but the tokenizer has no pad_token; set it.")
+        ids = [[token for token, _ in row] for row in rows]
+        columns = {"input_ids": (ids, pad_token_id)}
+        if options.get("return_attention_mask") is not False:
+            columns["attention_mask"] = ([[1] * len(row) for row in ids], 0)
+        if labels:
+            columns["labels"] = ([[self._label(token, labels) for token in row] for row in rows], IGNORE_INDEX)
+        if options["return_assistant_tokens_mask"]:
+            columns["assistant_masks"] = ([[int(written) for _, written in row] for row in rows], 0)
+        if options["return_mm_token_type_ids"]:
+            columns["mm_token_type_ids"] = ([[int(i == self.image_token_id) for i in row] for row in ids], 0)
+        return {name: pad_rows(values, length, side, fill) for name, (values, fill) in columns.items()}
 
-        def padded(rows: list[list[int]], value: int) -> list[list[int]]:
-            fills = [[value] * (length - len(row)) for row in rows]
-            return [fill + row if side == "left" else row + fill for row, fill in zip(rows, fills, strict=True)]
-
-        data = {
-            "input_ids": padded(all_ids, pad_token_id),
-            "attention_mask": padded([[1] * len(ids) for ids in all_ids], 0),
-        }
-        if return_labels:
-            unlearned = (self.image_token_id, self.eoi_token_id)
-            labels = [[IGNORE_INDEX if token in unlearned else token for token in ids] for ids in all_ids]
-            data["labels"] = padded(labels, IGNORE_INDEX)
-        return data
+    def _label(self, token: Token, labels: bool | str) -> int:
+        token_id, written = token
+        learned = token_id not in (self.image_token_id, self.eoi_token_id) and (written or labels is True)
+        return token_id if learned else IGNORE_INDEX
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Sequence[Any], generator: torch.Generator | None = None) -> list[Tensor]:
@@ -531,7 +530,29 @@ class TransfusionProcessor(ProcessorMixin):
             unpatchify(patch, (rows, columns), self.image_processor.patch_size)
             for patch, (rows, columns) in zip(patches, grids.tolist(), strict=True)
         ]
-        pixels = latents if self.vae is None else decode_latents(self.vae, latents)
+        return self.decode_latents(latents)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Any) -> list[Image.Image]:
+        """Turn scaled latents into pictures.
+
+        Args:
+            latents: (N, C, h, w), or a list of (C, h, w) of any sizes.
+
+        Returns:
+            N pictures.
+
+        Raises:
+            ValueError: Latents of another shape, or not finite.
+        """
+        scaled = [require_finite(torch.as_tensor(latent).float(), "latents") for latent in latents]
+        for latent in scaled:
+            if latent.dim() != 3 or latent.shape[0] != self.latent_channels:
+                raise ValueError(
+                    f"A latent has shape {tuple(latent.shape)}; it must be ({self.latent_channels}, h, w), as this "
+                    "processor's encode_images makes it."
+                )
+        pixels = scaled if self.vae is None else decode_latents(self.vae, scaled)
         return [self.image_processor.to_picture(value) for value in pixels]
 
     def post_process_multimodal_output(
@@ -544,21 +565,32 @@ class TransfusionProcessor(ProcessorMixin):
         """Turn what `generate` returns into text and pictures.
 
         Args:
-            generated_outputs: The output object of `generation_mode="interleaved"`, or ids (B, L).
+            generated_outputs: The output object of `generation_mode="interleaved"`, ids (B, L), or scaled latents
+                (B, C, h, w), which `generation_mode="image"` generates.
             skip_special_tokens: Leave control tokens out of the text.
-            generation_mode: `"text"`: ids give one string per row, as transformers' pipelines expect.
+            generation_mode: That of `generate`; `"image"` for latents. With `"interleaved"` ids give lists too.
             kwargs: Options of the tokenizer's `decode`.
 
         Returns:
-            Per row a list of strings and pictures in order: of an output object what is new after the prompt, of ids
-            all their text as one string.
+            Of an output object per row a list of strings and pictures in order, what is new after the prompt. Of ids
+            one string per row, as transformers' pipelines expect. Of latents one picture per row.
 
         Raises:
-            ValueError: Placeholders and images that do not match.
+            ValueError: Placeholders and images that do not match, another mode, or outputs that are not the mode's.
         """
-        if isinstance(generated_outputs, Tensor | np.ndarray):
+        if generation_mode not in (None, "text", "image", "interleaved"):
+            raise ValueError(f"generation_mode is {generation_mode!r}; allowed: 'text', 'image', 'interleaved', None.")
+        is_array = isinstance(generated_outputs, Tensor | np.ndarray)
+        if generation_mode == "image":
+            if not is_array or generated_outputs.ndim != 4:
+                raise ValueError(
+                    "generation_mode='image' decodes latents (B, C, h, w), which generate(generation_mode='image') "
+                    "returns; leave the mode out for ids and interleaved outputs."
+                )
+            return self.decode_latents(generated_outputs)
+        if is_array:
             texts = self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-            return texts if generation_mode == "text" else [[text] for text in texts]
+            return texts if generation_mode != "interleaved" else [[text] for text in texts]
         images = list(itertools.chain.from_iterable(generated_outputs.images))
         grids = list(itertools.chain.from_iterable(generated_outputs.image_grids))
         pictures = iter(self.decode_images(torch.cat(images), grids) if images else [])
@@ -576,28 +608,28 @@ class TransfusionProcessor(ProcessorMixin):
             rows.append([part for part in row if part != ""])
         return rows
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save tokenizer, settings and chat template, and the VAE in `vae/` as safetensors.
-
-        Args:
-            save_directory: A folder.
-            push_to_hub: Then upload all of it.
-            kwargs: Options of `push_to_hub`; `repo_id` defaults to the folder's name.
-        """
-        files = super().save_pretrained(save_directory)
+    def save_parts(self, folder: str | os.PathLike) -> None:
+        """Save the VAE in `vae/`, as safetensors."""
         if self.vae is not None:
-            save_vae(self.vae, save_directory)
-        if push_to_hub:
-            name = os.path.basename(os.path.abspath(save_directory))
-            self.push_to_hub(kwargs.pop("repo_id", name), **kwargs)
-        return files
+            save_vae(self.vae, folder)
 
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` holds."""
-        sizes = {} if self.size_token_grids is None else {"size_token_grids": self.size_token_grids}
-        return {**super().to_dict(), **sizes}
+        bare = copy.copy(self)
+        del bare.vae  # transformers copies deeply whatever it finds
+        if self.size_token_grids is None:
+            del bare.size_token_grids
+        return super(TransfusionProcessor, bare).to_dict()
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """How many patches pictures of these sizes (height, width) have; transformers' hook for inference servers."""
+        if image_sizes is None:
+            return MultiModalData()
+        grids = [self.image_processor.patch_grid(*size, **kwargs) for size in image_sizes]
+        counts = [rows * columns for rows, columns in grids]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -607,6 +639,18 @@ class TransfusionProcessor(ProcessorMixin):
         parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         return [*parts, load_vae(pretrained_model_name_or_path, kwargs.get("subfolder", ""), **options)]
+
+
+def _unknown_options(kwargs: Mapping[str, Any]) -> set[str]:
+    """Names, of options or inside of a group of them, that nothing takes."""
+    groups = TransfusionProcessorKwargs.__annotations__
+    names = {group: set(getattr(fields, "__annotations__", ())) for group, fields in groups.items()}
+    # Options of sounds and videos pass, as callers give them to every processor; not if they sound like a picture's.
+    foreign = (names["audio_kwargs"] | names["videos_kwargs"]) - set(ImagesKwargs.__annotations__)
+    unknown = set(kwargs) - {"common_kwargs", *groups} - names["text_kwargs"] - names["images_kwargs"] - foreign
+    for group in ("text_kwargs", "images_kwargs"):
+        unknown |= set(kwargs.get(group, ())) - names[group]
+    return unknown
 
 
 def _read_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -624,56 +668,10 @@ def _size_token(grid: tuple[int, int]) -> str:
     return f"<boi_{grid[0]}x{grid[1]}>"
 
 
-def _parse_part(part: Any) -> _Text | _Picture:
-    if isinstance(part, _Text | _Picture):  # made by `apply_chat_template`; no data can be of these classes
-        return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return _Text(part["text"])
-    if kind == "image":
-        return _OPEN if part.get("image") is None else _Picture(part["image"])
-    raise ValueError(
-        f"A part of a row is {part!r}; give {{'type': 'text', 'text': ...}}, or {{'type': 'image'}} with the picture "
-        "under 'image' or in `images`."
-    )
-
-
-def _as_groups(pictures: Any, num_rows: int) -> tuple[list[list[Any]], bool]:
-    """Lists of pictures, and whether there is one for each row or a single one for the whole batch."""
-    if pictures is None:
-        return [[]], False
-    if not isinstance(pictures, list | tuple):
-        return [[pictures]], False
-    if not any(isinstance(picture, list | tuple) for picture in pictures):
-        return [list(pictures)], False
-    if len(pictures) != num_rows or not all(isinstance(picture, list | tuple) for picture in pictures):
-        raise ValueError(
-            f"There are {num_rows} rows of text and {len(pictures)} entries in the nested pictures; give a list for "
-            "each row, empty where it has none."
-        )
-    return [list(row) for row in pictures], True
-
-
-def _join(row: _Row) -> _Row:
-    """Join neighbouring texts, strip white space beside pictures, and drop what is empty."""
-    joined: _Row = []
-    for part in row:
-        if isinstance(part, _Text) and not part.text:
-            continue
-        last = joined[-1] if joined else None
-        if isinstance(part, _Text) and isinstance(last, _Text) and part.trusted == last.trusted:
-            joined[-1] = _Text(last.text + part.text, part.trusted)
-        else:
-            joined.append(part)
-    for index, part in enumerate(joined):
-        if isinstance(part, _Text):
-            text = part.text
-            if index > 0 and isinstance(joined[index - 1], _Picture):
-                text = text.lstrip()
-            if index + 1 < len(joined) and isinstance(joined[index + 1], _Picture):
-                text = text.rstrip()
-            joined[index] = part._replace(text=text)
-    return [part for part in joined if isinstance(part, _Picture) or part.text]
-
-
-__all__ = ["IGNORE_INDEX", "TransfusionImageProcessor", "TransfusionProcessor"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "IGNORE_INDEX",
+    "TransfusionImageProcessor",
+    "TransfusionProcessor",
+    "TransfusionProcessorKwargs",
+]
