@@ -3,33 +3,23 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.generation import BaseStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 from tests.tiny import make_batch, tiny_model
 from tests.tiny_processor import tiny_tokenizer
-from transfusion.denoising import read_documents
-from transfusion.generation import _NamedGrids
+from transfusion.latents import patchify
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
 
 BOI, EOI, PATCH, EOS = 97, 98, 99, 2
-
-
-def force(model: TransfusionForMultimodalGeneration, answers: dict[int, int]) -> TransfusionForMultimodalGeneration:
-    """Make greedy decoding answer token `a` with `answers[a]`: a real model whose weights say so."""
-    width = model.config.hidden_size
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.zero_()
-        model.lm_head.weight.zero_()
-        for axis, (token, answer) in enumerate(answers.items()):
-            assert axis < width
-            model.model.embed_tokens.weight[token, axis] = 1
-            model.lm_head.weight[answer, axis] = 1
-    return model
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -67,6 +57,16 @@ def test_text_mode_never_writes_control_tokens(model: TransfusionForMultimodalGe
         model.lm_head.weight[[BOI, EOI, PATCH]] *= 100
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=40, do_sample=True)
     assert not torch.isin(written, torch.tensor([BOI, EOI, PATCH])).any()
+
+
+def random_writer() -> TransfusionForMultimodalGeneration:
+    """A random model whose tokens depend on what it sees."""
+    model = tiny_model(objective="flow", eos_token_id=None)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(20)
+            layer.self_attn.o_proj.weight.mul_(20)
+    return model
 
 
 def test_beams_and_return_sequences_keep_each_rows_images() -> None:
@@ -172,213 +172,6 @@ def test_an_edit_draws_after_a_prompt_with_a_picture() -> None:
     assert not torch.allclose(drawn.latent_patches, other.latent_patches)
 
 
-def test_interleaved_rows_draw_in_their_own_time_and_go_on() -> None:
-    """Row one draws at its second token and row two at its third; then both write on, with what they drew in view."""
-    answers = {5: 6, 6: BOI, EOI: 7, 7: 8, 8: EOS, 10: 11, 11: 12, 12: BOI}
-    model = force(tiny_model(objective="flow"), answers)
-    ids = torch.tensor([[0, 5], [9, 10]])
-    output = model.generate(
-        ids,
-        attention_mask=ids.ne(0).long(),
-        generation_mode="interleaved",
-        image_grids=[(1, 2), (2, 2)],
-        max_new_tokens=20,
-        do_sample=False,
-        num_inference_steps=3,
-        generator=generators(0, 1),
-    )
-    assert output.sequences.tolist() == [
-        [0, 5, 6, BOI, PATCH, PATCH, EOI, 7, 8, EOS, 0, 0, 0],
-        [9, 10, 11, 12, BOI, PATCH, PATCH, PATCH, PATCH, EOI, 7, 8, EOS],
-    ]
-    assert output.image_grids == [[(1, 2)], [(2, 2)]]
-    assert [[tuple(i.shape) for i in row] for row in output.images] == [[(2, 12)], [(4, 12)]]
-    assert output.prompt_length == 2
-
-
-def random_drawer() -> TransfusionForMultimodalGeneration:
-    """A random model that likes to draw."""
-    model = tiny_model(objective="flow", eos_token_id=None)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-        model.lm_head.weight[BOI] *= 2
-    return model
-
-
-def test_interleaved_text_equals_a_full_run_without_a_cache() -> None:
-    """After each generation: every greedy token is the one that a plain run over the whole document chooses."""
-    model = random_drawer()
-    ids = torch.tensor([[5, 6, 7], [0, 8, 9], [10, 11, 12]])
-    output = model.generate(
-        ids,
-        attention_mask=ids.ne(0).long(),
-        generation_mode="interleaved",
-        max_new_tokens=12,
-        do_sample=False,
-        image_grids=[(1, 2), (2, 2), (1, 1)],
-        num_inference_steps=2,
-        generator=generators(0, 1, 2),
-    )
-    drawn = 0
-    for row, (images, grids) in enumerate(zip(output.images, output.image_grids, strict=True)):
-        whole = output.sequences[row]
-        whole = whole[whole != 0]
-        given = {"latent_patches": torch.cat(images), "image_grids": torch.tensor(grids)} if images else {}
-        logits = model(whole[None], **given).logits[0]
-        logits[:, [EOI, PATCH]] = -torch.inf
-        prompt = int((ids[row] != 0).sum())
-        for position in range(prompt, len(whole)):
-            if whole[position] not in (EOI, PATCH):
-                assert whole[position] == logits[position - 1].argmax()
-        drawn += len(images)
-    assert drawn >= 2
-
-
-def test_an_interleaved_batch_equals_single_calls() -> None:
-    model = random_drawer()
-    ids = torch.tensor([[5, 6, 7], [0, 8, 9], [10, 11, 12]])
-    arguments = {"generation_mode": "interleaved", "max_new_tokens": 10, "do_sample": False, "num_inference_steps": 2}
-    together = model.generate(
-        ids,
-        attention_mask=ids.ne(0).long(),
-        image_grids=[(1, 2), (2, 2), (1, 1)],
-        generator=generators(0, 1, 2),
-        **arguments,
-    )
-    for row, grid in enumerate([(1, 2), (2, 2), (1, 1)]):
-        alone = model.generate(
-            ids[row][ids[row] != 0][None], image_grids=grid, generator=generators(row)[0], **arguments
-        )
-        assert [t for t in together.sequences[row].tolist() if t] == [t for t in alone.sequences[0].tolist() if t]
-        for image, other in zip(together.images[row], alone.images[0], strict=True):
-            torch.testing.assert_close(image, other, atol=1e-4, rtol=1e-4)
-
-
-def test_patches_do_not_count_and_a_begun_image_is_finished() -> None:
-    model = force(tiny_model(objective="flow"), {5: 6, 6: BOI, EOI: 7, 7: 8})
-    arguments = {"generation_mode": "interleaved", "image_grids": (3, 3), "num_inference_steps": 2, "do_sample": False}
-    at_boi = model.generate(torch.tensor([[5]]), max_new_tokens=2, **arguments)
-    assert at_boi.sequences.tolist() == [[5, 6, BOI, *[PATCH] * 9, EOI]]
-    later = model.generate(torch.tensor([[5]]), max_new_tokens=4, **arguments)
-    assert later.sequences.tolist() == [[5, 6, BOI, *[PATCH] * 9, EOI, 7, 8]]
-
-
-def test_a_prompt_that_ends_in_begin_of_image_draws_at_once() -> None:
-    model = force(tiny_model(objective="flow"), {EOI: 7, 7: 8})
-    output = model.generate(
-        torch.tensor([[5, BOI]]),
-        generation_mode="interleaved",
-        max_new_tokens=2,
-        num_inference_steps=2,
-        do_sample=False,
-    )
-    assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 6, EOI, 7, 8]]
-    assert output.image_grids == [[(2, 3)]]
-
-
-def test_interleaved_with_a_picture_in_the_prompt() -> None:
-    model = force(tiny_model(objective="flow"), {EOI: 7, 7: BOI})
-    output = model.generate(
-        **make_batch([[5, (2, 2)]]),
-        generation_mode="interleaved",
-        output_image_grids=(1, 2),
-        max_new_tokens=3,
-        num_inference_steps=2,
-        do_sample=False,
-    )
-    assert output.sequences.tolist() == [[5, BOI, *[PATCH] * 4, EOI, 7, BOI, PATCH, PATCH, EOI, 7]]
-    assert [len(row) for row in output.images] == [1]
-    assert output.image_grids == [[(1, 2)]]
-
-
-def test_interleaved_text_is_sampled_where_asked() -> None:
-    model = tiny_model(objective="flow", eos_token_id=None)
-    arguments = {"generation_mode": "interleaved", "max_new_tokens": 12, "suppress_tokens": [BOI]}
-
-    def write(seed: int, **options: bool | int) -> list[int]:
-        torch.manual_seed(seed)
-        return model.generate(torch.tensor([[5, 6]]), **arguments, **options).sequences[0].tolist()
-
-    assert write(0, do_sample=True) == write(0, do_sample=True) != write(1, do_sample=True)
-    assert write(0, do_sample=False) == write(1, do_sample=False) == write(0, do_sample=True, top_k=1)
-
-
-class Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.has_ended = False
-
-    def put(self, value: Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.has_ended = True
-
-
-def test_a_streamer_gets_the_sequence_and_its_end() -> None:
-    model = force(tiny_model(objective="flow"), {5: 6, 6: BOI, EOI: 7, 7: EOS})
-    arguments = {"generation_mode": "interleaved", "image_grids": (1, 2), "num_inference_steps": 1, "do_sample": False}
-    streamer = Recorder()
-    output = model.generate(torch.tensor([[5]]), max_new_tokens=9, streamer=streamer, **arguments)
-    assert streamer.tokens == output.sequences[0].tolist() == [5, 6, BOI, PATCH, PATCH, EOI, 7, EOS]
-    assert streamer.has_ended
-    with pytest.raises(ValueError, match="one row and there are 2"):
-        model.generate(torch.tensor([[5], [5]]), streamer=Recorder(), **arguments)
-
-
-def test_stop_strings_eos_lists_and_missing_padding() -> None:
-    tokenizer = tiny_tokenizer()
-    heart = tokenizer("heart")["input_ids"]
-    model = tiny_model(objective="flow", vocab_size=len(tokenizer) + 3, pad_token_id=None, eos_token_id=[1, 2])
-    model = force(model, {3: heart[0], **dict(zip(heart, heart[1:] + [4], strict=True)), 5: 2})
-    arguments = {"generation_mode": "interleaved", "max_new_tokens": 20, "do_sample": False}
-    stopped = model.generate(torch.tensor([[3]]), tokenizer=tokenizer, stop_strings=["heart"], **arguments)
-    assert stopped.sequences.tolist() == [[3, *heart]]
-    ended = model.generate(torch.tensor([[5], [3]]), **{**arguments, "max_new_tokens": 2})
-    assert ended.sequences[0].tolist() == [5, 2, 1]  # without padding, the first end of sequence pads
-
-
-def test_several_drawings_of_each_prompt() -> None:
-    model = force(tiny_model(objective="flow"), {EOI: 7, 7: 8})
-    ids = torch.tensor([[5, BOI], [6, BOI]])
-    output = model.generate(
-        ids,
-        generation_mode="interleaved",
-        max_new_tokens=1,
-        num_inference_steps=1,
-        do_sample=True,
-        num_return_sequences=2,
-        image_grids=[(1, 1), (1, 2), (1, 3), (2, 2)],
-        generator=generators(0, 1, 2, 3),
-    )
-    assert output.sequences[:, 0].tolist() == [5, 5, 6, 6]
-    assert output.image_grids == [[(1, 1)], [(1, 2)], [(1, 3)], [(2, 2)]]
-
-
-def test_a_control_token_may_have_the_id_zero() -> None:
-    """Padding inside the decoder is never taken for a patch."""
-    model = tiny_model(objective="flow", image_token_id=0, pad_token_id=None, eos_token_id=None)
-    ids, mask = torch.tensor([[5, 6, BOI], [1, 7, BOI]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
-    output = model.generate(
-        ids,
-        attention_mask=mask,
-        generation_mode="interleaved",
-        max_new_tokens=2,
-        image_grids=[(1, 1), (2, 2)],
-        num_inference_steps=1,
-        generator=generators(0, 1),
-    )
-    alone = model.generate(
-        ids[1:, 1:],
-        generation_mode="interleaved",
-        max_new_tokens=2,
-        image_grids=(2, 2),
-        num_inference_steps=1,
-        generator=generators(1),
-    )
-    torch.testing.assert_close(output.images[1][0], alone.images[0][0], atol=1e-5, rtol=1e-5)
-
-
 def test_defaults_come_from_the_generation_config(model: TransfusionForMultimodalGeneration, objective: str) -> None:
     drawing = model.prepare_drawing()
     assert drawing.num_inference_steps == model.generation_config.num_inference_steps
@@ -436,7 +229,7 @@ def test_refuses_bad_drawing_arguments(arguments: dict, words: str) -> None:
 
 def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
     model, ids = tiny_model(objective="flow"), torch.tensor([[5]])
-    with pytest.raises(ValueError, match="generation_mode='video'; allowed: 'text', 'interleaved'"):
+    with pytest.raises(ValueError, match="generation_mode='video'; allowed: 'text', 'image', 'interleaved'"):
         model.generate(ids, generation_mode="video")
     with pytest.raises(ValueError, match="num_inference_steps cannot work in text mode"):
         model.generate(ids, num_inference_steps=4)
@@ -447,8 +240,256 @@ def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"prompts of rows \[1\] are empty"):
         mask = torch.tensor([[1], [0]])
         model.generate(torch.tensor([[5], [0]]), attention_mask=mask, generation_mode="interleaved")
-    with pytest.raises(ValueError, match="num_beams=2 cannot draw"):
-        model.generate(ids, generation_mode="interleaved", num_beams=2)
+
+
+NOT_DRAWING = [
+    {"num_beams": 2},
+    {"assistant_model": torch.nn.Identity()},
+    {"prompt_lookup_num_tokens": 2},
+    {"past_key_values": DynamicCache()},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "quantized"},
+    {"use_cache": False},
+    {"inputs_embeds": torch.zeros(1, 1, 32)},
+    {"position_ids": torch.zeros(1, 1, dtype=torch.long)},
+    {"output_attentions": True},
+    {"output_hidden_states": True},
+    {"prefill_chunk_size": 2},
+    {"synced_gpus": True},
+    {"custom_generate": print},
+    {"labels": torch.zeros(1, 1)},
+]
+NOT_IMAGES = [
+    {"streamer": TextStreamer(tiny_tokenizer())},
+    {"logits_processor": LogitsProcessorList()},
+    {"prefix_allowed_tokens_fn": print},
+    {"return_dict_in_generate": True},
+    {"output_scores": True},
+    {"max_images": 1},
+    {"generation_config": GenerationConfig(num_beams=2)},
+]
+
+
+@pytest.mark.parametrize("option", NOT_DRAWING, ids=lambda option: next(iter(option)))
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_options_that_cannot_draw_are_refused(mode: str, option: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        tiny_model(objective="flow").generate(torch.tensor([[5]]), generation_mode=mode, **option)
+
+
+@pytest.mark.parametrize("option", NOT_IMAGES, ids=lambda option: next(iter(option)))
+def test_options_that_choose_tokens_are_refused_where_none_is_chosen(option: dict) -> None:
+    with pytest.raises(ValueError, match="generation_mode='image' works without it"):
+        tiny_model(objective="flow").generate(torch.tensor([[5]]), generation_mode="image", **option)
+
+
+def test_methods_that_are_neither_greedy_nor_sampling_cannot_draw() -> None:
+    with pytest.raises(ValueError, match="contrastive_search cannot draw"):
+        tiny_model().generate(torch.tensor([[5]]), generation_mode="interleaved", penalty_alpha=0.6, top_k=4)
+
+
+# What may never be sampled, whatever the caller asks for
+
+
+class Prefers(LogitsProcessor):
+    """Adds infinity to the score of a token."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = list(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.tokens] += torch.inf
+        return scores
+
+
+NEVER = (BOI, EOI, PATCH)
+PUSHED: list[dict] = [
+    {"do_sample": True, "top_k": 1},
+    {"do_sample": True, "top_p": 0.1, "renormalize_logits": True},
+    {"sequence_bias": [[[token], 1e4] for token in NEVER]},
+    {"bad_words_ids": [[token] for token in range(3, 90)]},
+    {"logits_processor": LogitsProcessorList([Prefers(*NEVER)])},
+    {"logits_processor": LogitsProcessorList([Prefers(*NEVER)]), "do_sample": True, "top_k": 3, "temperature": 0.5},
+    {"prefix_allowed_tokens_fn": lambda row, ids: [*NEVER, 7]},
+    {"num_beams": 3, "remove_invalid_values": True},
+    {"num_beams": 2, "prefix_allowed_tokens_fn": lambda row, ids: [*NEVER, 7, 8]},
+]
+
+
+@pytest.mark.parametrize("options", PUSHED, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("mode", ["text", "interleaved"])
+def test_no_option_makes_the_model_write_a_patch(mode: str, options: dict) -> None:
+    if "num_beams" in options and mode == "interleaved":
+        return
+    model = tiny_model(objective="flow", eos_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight[list(NEVER)] *= 100
+    drawing = {"max_images": 0} if mode == "interleaved" else {}
+    written = model.generate(
+        torch.tensor([[5, 6, 7], [8, 9, 10]]), generation_mode=mode, max_new_tokens=8, **drawing, **options
+    )
+    ids = written.sequences if mode == "interleaved" else written
+    assert ids.shape == (2, 11) and not torch.isin(ids, torch.tensor(NEVER)).any()
+
+
+def test_constraints_that_leave_no_token_are_refused() -> None:
+    model, ids = tiny_model(objective="flow"), torch.tensor([[5, 6]])
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}, {"generation_mode": "interleaved"}):
+        with pytest.raises(ValueError, match="leave rows .* no token that can be sampled"):
+            model.generate(ids, prefix_allowed_tokens_fn=lambda row, ids: [PATCH], max_new_tokens=2, **options)
+    with pytest.raises(ValueError, match="forced_eos_token_id=99 forces a token of images"):
+        model.generate(ids, forced_eos_token_id=PATCH, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"forced_bos_token_id=97 forces"):
+        model.generate(ids, forced_bos_token_id=BOI, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prefill_chunk_size=2 would cut"):
+        model.generate(**make_batch([[5, (2, 2), 6]]), prefill_chunk_size=2, max_new_tokens=2)
+
+
+# Ways of decoding text, with an image in the prompt and without
+
+
+@pytest.mark.parametrize("row", [[5, (2, 2), 6, 7, 5], [5, 6, 7, 5, 6]], ids=["image", "text"])
+def test_assisted_decoding_writes_what_greedy_decoding_writes(row: list) -> None:
+    model = random_writer()
+    torch.manual_seed(1)
+    assistant = TransfusionForMultimodalGeneration(model.config).double().eval()
+    batch, options = make_batch([row]), {"max_new_tokens": 10, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    for helper in (assistant, model):
+        assert torch.equal(model.generate(**batch, assistant_model=helper, **options), expected)
+    assert torch.equal(model.generate(**batch, prompt_lookup_num_tokens=2, **options), expected)
+
+
+def test_an_assistant_sees_the_images_of_the_prompt() -> None:
+    """Then a model that assists itself is right about every token, and the main model runs but a few times."""
+    model, runs = random_writer(), []
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.assistant_confidence_threshold = 0
+    model.register_forward_hook(lambda module, args, output: runs.append(1))
+    batch = make_batch([[5, (2, 2), 6]])
+    model.generate(**batch, assistant_model=assistant, max_new_tokens=12, do_sample=False)
+    assert len(runs) == 2  # each accepts five tokens and adds one
+
+
+def test_a_cache_of_fixed_size_is_filled_and_continued() -> None:
+    model, batch = random_writer(), make_batch([[5, (2, 2), 6], [7, (2, 2), 8]])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    first = model.generate(**batch, past_key_values=cache, **options)
+    assert torch.equal(first, model.generate(**batch, **options))
+    longer = torch.cat([first, torch.tensor([[11, 12], [13, 14]])], dim=1)
+    images = {name: batch[name] for name in ("latent_patches", "image_grids")}
+    expected = model.generate(longer, **images, **options)
+    assert torch.equal(model.generate(longer, past_key_values=cache, **options), expected)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_logits_that_are_kept_change_nothing(num_beams: int) -> None:
+    model, batch = random_writer(), make_batch([[5, (2, 2), 6]])
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    assert torch.equal(model.generate(**batch, logits_to_keep=0, **options), model.generate(**batch, **options))
+
+
+def test_prompts_of_text_may_be_run_in_chunks() -> None:
+    model, ids = random_writer(), torch.tensor([[5, 6, 7, 8, 9]])
+    whole = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, prefill_chunk_size=2), whole)
+
+
+def test_continuous_batching_closes_the_tokens_of_images() -> None:
+    """It asks for the logits processors in a way of its own."""
+    processors = tiny_model()._get_logits_processor(GenerationConfig(do_sample=True, top_k=5))
+    scores = processors(torch.tensor([[5]]), torch.arange(100.0)[None])
+    assert scores.argmax() == 96 and all(scores[0, token] == -torch.inf for token in NEVER)
+    assert all(p.supports_continuous_batching is not False for p in processors)
+
+
+def test_a_streamer_of_transformers_hears_text() -> None:
+    model, tokenizer = random_writer(), tiny_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
+    written = model.generate(torch.tensor([[5, 6]]), streamer=streamer, max_new_tokens=6, do_sample=False)
+    assert "".join(streamer) == tokenizer.decode(written[0, 2:])
+
+
+def test_a_generation_config_may_come_second() -> None:
+    model, ids = random_writer(), torch.tensor([[5, 6]])
+    written = model.generate(ids, GenerationConfig(max_new_tokens=3, do_sample=False))
+    assert torch.equal(written, model.generate(ids, max_new_tokens=3, do_sample=False))
+
+
+# The image mode
+
+
+IMAGE: dict = {"generation_mode": "image", "num_inference_steps": 2}
+
+
+def test_image_mode_returns_the_latents_that_generate_images_draws(objective: str) -> None:
+    model = tiny_model(objective=objective)
+    ids = torch.tensor([[0, 5, 6], [7, 8, BOI]])  # padding is hidden, begin-of-image is appended where it is absent
+    latents = model.generate(ids, image_grids=(2, 3), generator=generators(0, 1), **IMAGE)
+    drawn = model.generate_images(
+        ids, ids.ne(0), image_grids=(2, 3), generator=generators(0, 1), num_inference_steps=2
+    )
+    assert latents.shape == (2, 3, 4, 6) and latents.dtype == torch.float32
+    assert torch.equal(patchify(latents, 2).flatten(0, 1), drawn.latent_patches)
+
+
+def test_image_mode_draws_several_for_each_prompt() -> None:
+    model, batch = tiny_model(objective="flow"), make_batch([[5, (2, 2), 6], [(1, 2), (1, 1), 7]])
+    batch["input_ids"] = torch.stack([ids.roll(int((ids == 0).sum())) for ids in batch["input_ids"]])
+    batch["attention_mask"] = batch["input_ids"].ne(0).long()
+    options = {**IMAGE, "output_image_grids": (1, 2), "negative_input_ids": torch.tensor([[8], [9]])}
+    several = model.generate(**batch, num_return_sequences=2, generator=generators(0, 1, 2, 3), **options)
+    assert several.shape == (4, 3, 2, 4)
+    for copy_of in range(2):
+        seeds = (copy_of, copy_of + 2)
+        once = model.generate(**batch, generator=generators(*seeds), **options)
+        plain = {name: value for name, value in options.items() if name != "generation_mode"}
+        drawn = model.generate_images(**batch, generator=generators(*seeds), **plain)
+        assert torch.equal(patchify(once, 2).flatten(0, 1), drawn.latent_patches)
+        torch.testing.assert_close(several[copy_of::2], once, atol=1e-5, rtol=1e-5)
+    configured = GenerationConfig(num_return_sequences=2, do_sample=True, num_inference_steps=2)
+    again = model.generate(
+        **batch,
+        generation_config=configured,
+        generator=generators(0, 1, 2, 3),
+        **{**options, "num_inference_steps": None},
+    )
+    assert torch.equal(again, several)
+
+
+def test_image_mode_starts_from_given_noise_and_reports_its_steps() -> None:
+    model, seen = tiny_model(objective="flow"), []
+    noise = torch.randn(6, 12)
+    options = {**IMAGE, "latents": noise, "callback": lambda step, timestep, x_t: seen.append(step)}
+    latents = model.generate(torch.tensor([[5]]), max_new_tokens=256, **options)  # lengths are not read
+    expected = model.generate_images(torch.tensor([[5]]), latents=noise, num_inference_steps=2).latent_patches
+    assert seen == [0, 1] and torch.equal(patchify(latents[0], 2), expected)
+
+
+def test_image_mode_refuses_what_it_cannot_return_or_read() -> None:
+    model, ids = tiny_model(objective="flow"), torch.tensor([[5], [6]])
+    with pytest.raises(ValueError, match=r"grids \[\(1, 2\), \(2, 2\)\].*generate_images"):
+        model.generate(ids, image_grids=[(1, 2), (2, 2)], **IMAGE)
+    with pytest.raises(ValueError, match="came without prompts"):
+        model.generate(**IMAGE)
+    with pytest.raises(ValueError, match="max_new_token: generation_mode='image' does not read this"):
+        model.generate(ids, max_new_token=5, **IMAGE)
+    with pytest.raises(ValueError, match="list of 2 for 4 images"):
+        model.generate(ids, num_return_sequences=2, generator=generators(0, 1), **IMAGE)
+    with pytest.raises(ValueError, match="negative_input_ids, latents cannot work in text mode"):
+        model.generate(ids, negative_input_ids=ids, latents=ids)
+
+
+def test_drawing_is_refused_where_the_positions_end() -> None:
+    model = tiny_model(objective="flow", max_position_embeddings=12)
+    fits, long = torch.tensor([[5] * 4]), torch.tensor([[5] * 5])  # 4 and begin, 6 patches, end: 12
+    assert model.generate(fits, **IMAGE).shape == (1, 3, 4, 6)
+    with pytest.raises(ValueError, match=r"prompt of 6 positions.*take 13; max_position_embeddings=12.*Shorten"):
+        model.generate(long, **IMAGE)
+    with pytest.raises(ValueError, match="take 13"):
+        model.generate_images(fits, negative_input_ids=long, num_inference_steps=1)
 
 
 # Several sizes: 95 begins an image of 2 x 3 patches, 96 one of 1 x 2
@@ -456,51 +497,6 @@ def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
 
 SIZED: dict = {"objective": "flow", "size_token_grids": [(2, 3), (1, 2)], "size_token_ids": [95, 96]}
 DRAWN: dict = {"generation_mode": "interleaved", "num_inference_steps": 2, "do_sample": False}
-
-
-def test_the_model_chooses_the_size_of_what_it_begins() -> None:
-    model = force(tiny_model(**SIZED, default_image_grid=(1, 1)), {5: 95, 6: 96, 7: BOI, EOI: 8})
-    output = model.generate(torch.tensor([[5], [6], [7]]), max_new_tokens=2, generator=generators(0, 1, 2), **DRAWN)
-    assert output.image_grids == [[(2, 3)], [(1, 2)], [(1, 1)]]
-    assert [ids[ids != 0].tolist() for ids in output.sequences] == [
-        [5, 95, *[PATCH] * 6, EOI, 8],
-        [6, 96, *[PATCH] * 2, EOI, 8],
-        [7, BOI, PATCH, EOI, 8],
-    ]
-
-
-def test_a_prompt_that_ends_in_a_size_token_draws_it_at_once() -> None:
-    model = force(tiny_model(**SIZED), {EOI: 96, 8: 8})
-    output = model.generate(torch.tensor([[5, 95]]), max_new_tokens=1, generator=generators(0), **DRAWN)
-    assert output.sequences.tolist() == [[5, 95, *[PATCH] * 6, EOI, 96, PATCH, PATCH, EOI]]
-    assert output.image_grids == [[(2, 3), (1, 2)]]
-    with pytest.raises(ValueError, match=r"size token 95, which begins an image of \(2, 3\).*\(1, 2\).*end .* in 96"):
-        model.generate(torch.tensor([[5, 95]]), image_grids=(1, 2), max_new_tokens=1, **DRAWN)
-
-
-@pytest.mark.parametrize(("grid", "begin"), [((2, 3), 95), ((1, 2), 96), ((3, 1), BOI)])
-@pytest.mark.parametrize("wish", [95, 96, BOI])
-def test_a_named_grid_is_drawn_whatever_size_the_model_would_begin(
-    grid: tuple[int, int], begin: int, wish: int
-) -> None:
-    model = force(tiny_model(**SIZED), {5: wish})
-    output = model.generate(torch.tensor([[5]]), image_grids=grid, max_new_tokens=1, **DRAWN)
-    assert output.sequences.tolist() == [[5, begin, *[PATCH] * (grid[0] * grid[1]), EOI]]
-    assert output.image_grids == [[grid]]
-
-
-def test_a_named_grid_keeps_the_probability_to_draw() -> None:
-    """That of all begin-of-image tokens goes to the named one, row by row; all words keep theirs."""
-    scores = torch.randn(3, 100, dtype=torch.float64, generator=generators(0)[0])
-    scores[2, [95, 96, BOI]] = -torch.inf  # suppressed by the caller
-    before = scores.softmax(-1)
-    after = _NamedGrids([(1, 2), (4, 4), (2, 3)], tiny_model(**SIZED).config, "cpu")(scores[:, :0], scores).softmax(-1)
-    words = [token for token in range(100) if token not in (95, 96, BOI)]
-    torch.testing.assert_close(after[:, words], before[:, words])
-    for row, begin in enumerate((96, BOI, 95)):
-        expected = torch.zeros(3, dtype=torch.float64)
-        expected[[95, 96, BOI].index(begin)] = before[row, [95, 96, BOI]].sum()
-        torch.testing.assert_close(after[row, [95, 96, BOI]], expected)
 
 
 def test_text_mode_never_begins_an_image_of_any_size() -> None:
@@ -553,52 +549,3 @@ def test_negative_prompts_begin_the_same_size_and_see_the_same_images() -> None:
     other = ids[:, 6:]  # without the picture
     blind = model.generate_images(**edit, negative_input_ids=other, guidance_scale=3.0, generator=generators(0))
     assert not torch.allclose(blind.latent_patches, alone.latent_patches, atol=1e-3)
-
-
-def images_of(images: list[Tensor], grids: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """What the model is given of images, nothing where there is none."""
-    return {"latent_patches": torch.cat(images), "image_grids": torch.tensor(grids)} if images else {}
-
-
-@pytest.mark.parametrize("overrides", [{"objective": "flow"}, SIZED], ids=["plain", "sizes"])
-def test_interleaving_after_any_images_equals_slow_runs(overrides: dict) -> None:
-    """Rows with images before, between and after text: text as a plain run over all of it would choose it, images as
-    `generate_images` draws them after the same tokens, and each row as alone.
-    """
-    model = tiny_model(**overrides, eos_token_id=None)
-    begins = list(model.config.boi_token_ids)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-        model.lm_head.weight[begins] *= 2
-    batch = make_batch([[5, (2, 2), 6, (1, 1)], [(1, 2), (2, 1), 8], [9, 10]])
-    batch["input_ids"] = torch.stack([ids.roll(int((ids == 0).sum())) for ids in batch["input_ids"]])
-    batch["attention_mask"] = batch["input_ids"].ne(0).long()
-    options = {**DRAWN, "max_new_tokens": 9}
-    output = model.generate(**batch, generator=generators(0, 1, 2), **options)
-    documents = read_documents(**batch, config=model.config)
-    grids = [grid for row in output.image_grids for grid in row]
-    assert len(grids) >= 3 and (len(set(grids)) > 1) == ("size_token_ids" in overrides)
-    for row, prompt in enumerate(documents):
-        new = output.sequences[row, output.prompt_length :]
-        ids = torch.cat([prompt.input_ids, new[new != 0]])
-        images, image_grids = [*prompt.images, *output.images[row]], [*prompt.grids, *output.image_grids[row]]
-        scores = model(ids[None], **images_of(images, image_grids)).logits[0]
-        scores[:, [EOI, PATCH]] = -torch.inf
-        replay, count = generators(row), len(prompt.images)
-        for place in range(len(prompt.input_ids), len(ids)):
-            if ids[place] not in (EOI, PATCH):
-                assert ids[place] == scores[place - 1].argmax()
-            if ids[place] in begins:
-                drawn = model.generate_images(
-                    ids[None, : place + 1],
-                    **images_of(images[:count], image_grids[:count]),
-                    output_image_grids=image_grids[count],
-                    num_inference_steps=2,
-                    generator=replay,
-                )
-                torch.testing.assert_close(images[count].float(), drawn.latent_patches, atol=1e-4, rtol=1e-4)
-                count += 1
-        assert count == len(images)
-        inputs = images_of(prompt.images, prompt.grids)
-        alone = model.generate(prompt.input_ids[None], **inputs, generator=generators(row), **options)
-        assert alone.sequences[0].tolist() == ids.tolist()

@@ -1,12 +1,12 @@
-"""`generate` and `generate_images`: writing token by token, and the switch to drawing at begin-of-image (section 3).
+"""`generate` and `generate_images`: transformers' generation of text, and the ways to draw with it (section 3).
 
-Shapes: B rows, L tokens, N images, n patches of one image, P patches of all, D patch_dim, V vocabulary.
+Shapes: B rows, L tokens, K begin-of-image tokens, N images, n patches of one image, P patches of all, D patch_dim,
+V vocabulary.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,271 +18,131 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.generation import BaseStreamer, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput
 
 from .configuration import TransfusionConfig
-from .denoising import (
-    Context,
-    Document,
-    Drawing,
-    Grid,
-    StepCallback,
-    draw_images,
-    draw_noise,
-    pad_left,
-    read_documents,
-)
+from .denoising import Document, Drawing, Grid, StepCallback, draw_images, draw_noise, read_documents
 from .diffusion import check_scheduler, make_scheduler
-from .latents import image_block_ids
+from .interleaving import (
+    InterleavedDecoder,
+    TransfusionGenerateOutput,
+    TransfusionImageOutput,
+    TransfusionStreamer,
+    append_boi,
+    check_batch,
+    check_room,
+    grid_after,
+    list_generators,
+    list_grids,
+)
+from .latents import image_block_ids, unpatchify
 
 
 # (denoising steps, guidance scale) where the caller names none; both stand in the generation config of a checkpoint.
 SAMPLING_DEFAULTS = {"ddpm": (50, 3.0), "flow": (30, 3.0)}
 
+GENERATION_MODES = ("text", "image", "interleaved")
 
-@dataclass
-class TransfusionImageOutput(ModelOutput):
-    """Drawn images: `latent_patches` (P, D) and `image_grids` (N, 2), in the order of the prompts."""
-
-    latent_patches: Tensor | None = None
-    image_grids: Tensor | None = None
-
-
-@dataclass
-class TransfusionGenerateOutput(ModelOutput):
-    """An interleaved generation.
-
-    Attributes:
-        sequences: (B, L) prompts and new tokens, padded on the right; each patch holds the image placeholder.
-        images: Per row, the patches (n, D) of each image it drew, in order.
-        image_grids: Per row, the (rows, columns) of each.
-        prompt_length: Length of the prompts in `sequences`.
-    """
-
-    sequences: Tensor | None = None
-    images: list[list[Tensor]] | None = None
-    image_grids: list[list[Grid]] | None = None
-    prompt_length: int | None = None
-
-
-def list_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, num_rows: int
-) -> list[torch.Generator | None]:
-    """One generator per row: a single one serves all in turn; a list of another length is a ValueError."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return [generator] * num_rows
-    if len(generator) != num_rows:
-        raise ValueError(f"generator is a list of {len(generator)} for {num_rows} images. Give one, or one for each.")
-    return list(generator)
+# Options that cannot work while images are drawn, with the values that leave them off.
+NOT_WHILE_DRAWING: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "past_key_values": (None,),
+    "cache_implementation": (None, "dynamic"),
+    "use_cache": (None, True),
+    "prefill_chunk_size": (None,),
+    "inputs_embeds": (None,),
+    "position_ids": (None,),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "negative_prompt_ids": (None,),
+    "negative_prompt_attention_mask": (None,),
+    "token_healing": (None, False),
+    "custom_generate": (None,),
+    "synced_gpus": (None, False),
+}
+# The image mode chooses no token. Lengths and settings of the sampling are not read; what would have to be called for
+# each token, or come back for it, is refused.
+NOT_FOR_IMAGES = NOT_WHILE_DRAWING | {
+    "streamer": (None,),
+    "logits_processor": (None,),
+    "stopping_criteria": (None,),
+    "prefix_allowed_tokens_fn": (None,),
+    "return_dict_in_generate": (None, False),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "max_images": (None,),
+}
 
 
-def list_grids(image_grids: Any, num_rows: int, config: TransfusionConfig) -> list[Grid | None]:
-    """The grid that is named for each row: `image_grids` is one (rows, columns), one for each row, or None."""
-    if image_grids is None:
-        return [None] * num_rows
-    table = torch.as_tensor(image_grids)
-    table = table.expand(num_rows, 2) if table.ndim == 1 else table
-    if table.shape != (num_rows, 2) or table.is_floating_point() or bool((table < 1).any()):
-        raise ValueError(f"image_grids={image_grids} is not (rows, columns), nor {num_rows} of these.")
-    for rows, columns in table.tolist():
-        if rows * columns + 2 > config.max_position_embeddings:
+def refuse_options(mode: str, options: dict[str, Any], refused: dict[str, tuple[Any, ...]]) -> None:
+    """Raise a ValueError where `options` switch on what is `refused` in this mode."""
+    for name, off in refused.items():
+        value = options.get(name)
+        if not any(value is allowed or (isinstance(value, int | float | str) and value == allowed) for allowed in off):
+            shown = repr(value) if isinstance(value, bool | int | float | str) else type(value).__name__
             raise ValueError(
-                f"A grid of ({rows}, {columns}) takes {rows * columns + 2} positions; max_position_embeddings="
-                f"{config.max_position_embeddings} allows no more than that. Take a smaller one."
+                f"{name}={shown} cannot draw: generation_mode={mode!r} works without it. Leave it out, or use "
+                "generation_mode='text'."
             )
-    return [(rows, columns) for rows, columns in table.tolist()]
 
 
-def check_batch(input_ids: Tensor) -> None:
-    """Refuse prompts that are no (B, L) batch, or an empty one."""
-    if input_ids.ndim != 2 or input_ids.shape[0] == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; give a batch (rows, length) of at least one row."
-        )
+def refuse_forced_tokens(generation_config: GenerationConfig, closed: Sequence[int]) -> None:
+    """Raise a ValueError where the options force a token that is never sampled."""
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = getattr(generation_config, name)
+        if set(forced if isinstance(forced, list | tuple) else [forced]) & set(closed):
+            raise ValueError(
+                f"{name}={forced} forces a token of images, which is never sampled here; force another token, or draw "
+                "with generation_mode='image' or 'interleaved'."
+            )
 
 
-def last_token(document: Document) -> int | None:
-    """The last token of `document`, or None where it has none."""
-    return int(document.input_ids[-1]) if len(document.input_ids) else None
+class _ImageGate(LogitsProcessor):
+    """Keeps patches and end-of-image from being sampled, and begin-of-image where no image may begin.
 
-
-def grid_after(document: Document, named: Grid | None, config: TransfusionConfig) -> Grid:
-    """The grid of the image that begins after `document`: that of the size token in which it ends, or else `named`.
-
-    Without either it is the config's default. A size token of another grid than `named` is a ValueError.
-    """
-    token = last_token(document)
-    begun = None if token is None else config.grid_of_boi(token)
-    if begun is not None and named is not None and begun != named:
-        raise ValueError(
-            f"A prompt ends in the size token {token}, which begins an image of {begun}, and the image to draw is "
-            f"one of {named}. Name no other grid, or end the prompt in {config.boi_token_for(named)}."
-        )
-    assert config.default_image_grid is not None  # the config fills it in
-    rows, columns = begun or named or config.default_image_grid
-    return rows, columns
-
-
-def append_boi(document: Document, grid: Grid, config: TransfusionConfig) -> None:
-    """End `document` in the begin-of-image token of `grid`, where it does not end in one already."""
-    if last_token(document) not in config.boi_token_ids:
-        begin = document.input_ids.new_tensor([config.boi_token_for(grid)])
-        document.input_ids = torch.cat([document.input_ids, begin])
-
-
-class _NamedGrids(LogitsProcessor):
-    """Begins images of the named grids alone: whatever size the model would begin, the probability goes to these.
-
-    So it draws as often as it wants to; if other sizes were only forbidden, it might write text in their place.
+    A patch is no token, and the decoder itself closes an image. It runs after all that a caller may add, which cannot
+    outbid it then, and before the candidates are cut down (top-k and so on), so that one is left to sample.
     """
 
-    def __init__(self, grids: list[Grid], config: TransfusionConfig, device: Any) -> None:
-        self.begins = torch.tensor(config.boi_token_ids, device=device)
-        self.named = torch.tensor([[config.boi_token_for(grid)] for grid in grids], device=device)
+    supports_continuous_batching = True
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        self.unwritten = torch.tensor([config.image_token_id, config.eoi_token_id])
+        self.begins = torch.tensor(config.boi_token_ids)
+        self.open: Tensor | None = None  # (B, K), which begin-of-image tokens a row may write; None is none of them
+
+    def place(self, device: Any) -> None:
+        """Move to where the scores will be."""
+        self.unwritten, self.begins = self.unwritten.to(device), self.begins.to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Sum the probabilities behind `scores` (B, V) of all begin-of-image tokens, row by row."""
-        together = scores[:, self.begins].logsumexp(dim=1, keepdim=True)
-        return scores.index_fill(1, self.begins, -math.inf).scatter(1, self.named, together)
+        """Set the scores (B, V) of what may not be sampled to minus infinity."""
+        scores = scores.index_fill(1, self.unwritten, -math.inf)
+        if self.open is None:
+            return scores.index_fill(1, self.begins, -math.inf)
+        return scores.index_copy(1, self.begins, scores[:, self.begins].masked_fill(~self.open, -math.inf))
 
 
-class _NoImageBegin(SuppressTokensLogitsProcessor):
-    """Keeps text mode from beginning an image; the interleaved decoder takes it out."""
+class _SomeTokenLeft(LogitsProcessor):
+    """Says so where the constraints of a caller allow only tokens that cannot be sampled."""
 
+    supports_continuous_batching = True
 
-class InterleavedDecoder:
-    """The decoding loop that switches to drawing (paper, section 3); `generate` calls it after its preparations.
+    def __init__(self, num_beams: int) -> None:
+        self.num_beams = num_beams
 
-    All rows take one token per turn. A row that samples begin-of-image gets its image, denoised after its own
-    document; then the clean patches and the end-of-image token join the shared context in one run, in which the other
-    rows have hidden padding. These wait with the logits they hold.
-    """
-
-    def __init__(
-        self,
-        drawing: Drawing,
-        image_grids: Any,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        streamer: BaseStreamer | None = None,
-    ) -> None:
-        self.drawing = drawing
-        self.image_grids = image_grids
-        self.generator = generator
-        self.streamer = streamer
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> TransfusionGenerateOutput:
-        """Continue `input_ids` (B, L) until all rows stop; a prompt that ends in begin-of-image draws at once.
-
-        The streamer gets what joins the only row: a token, or the placeholders of an image and its end.
-        """
-        if generation_config.num_beams > 1:
-            raise ValueError(f"num_beams={generation_config.num_beams} cannot draw; use 1, or generation_mode='text'.")
-        processors = LogitsProcessorList([p for p in logits_processor if not isinstance(p, _NoImageBegin)])
-        images = model_kwargs.get("latent_patches"), model_kwargs.get("image_grids")
-        documents = read_documents(input_ids, model_kwargs.get("attention_mask"), *images, model.config)
-        if self.streamer is not None and len(documents) > 1:
-            raise ValueError(f"A streamer takes one row and there are {len(documents)}; generate them one by one.")
-        if empty := [row for row, document in enumerate(documents) if len(document.input_ids) == 0]:
-            raise ValueError(f"The prompts of rows {empty} are empty; give at least one token that is not masked.")
-        prompts = [copy.copy(document) for document in documents]
-        visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
-        context = Context(model, documents, visible)
-        grids = list_grids(self.image_grids, len(documents), model.config)
-        if self.image_grids is not None and model.config.size_token_ids:
-            processors.append(_NamedGrids([grid for grid in grids if grid], model.config, input_ids.device))
-        generators = list_generators(self.generator, len(documents))
-        begins = torch.tensor(model.config.boi_token_ids, device=input_ids.device)
-        timeline, logits = input_ids, context.logits
-        is_live = torch.ones(len(documents), dtype=torch.bool, device=input_ids.device)
-        is_drawing = torch.isin(torch.stack([document.input_ids[-1] for document in documents]), begins)
-        while True:
-            if is_drawing.any():
-                after_image = self.draw(model, context, documents, is_drawing, grids, generators)
-                logits = torch.where(is_drawing[:, None], after_image, logits)
-                if self.streamer is not None:
-                    self.streamer.put(documents[0].input_ids[-len(documents[0].images[-1]) - 1 :].cpu())
-            if not is_live.any():
-                break
-            tokens = choose_tokens(processors(timeline, logits), generation_config.do_sample)
-            timeline = torch.cat([timeline, tokens[:, None]], dim=1)
-            append_tokens(documents, tokens[:, None], is_live[:, None])
-            if self.streamer is not None:
-                self.streamer.put(tokens.cpu())
-            is_drawing = is_live & torch.isin(tokens, begins)
-            was_live, is_live = is_live, is_live & ~stopping_criteria(timeline, None)
-            if is_live.any() or is_drawing.any():
-                logits = context.extend(tokens[:, None], was_live[:, None], [], [])
-        if self.streamer is not None:
-            self.streamer.end()
-        return collect_output(input_ids, prompts, documents, generation_config)
-
-    def draw(
-        self,
-        model: Any,
-        context: Context,
-        documents: list[Document],
-        is_drawing: Tensor,
-        named_grids: list[Grid | None],
-        generators: list[torch.Generator | None],
-    ) -> Tensor:
-        """Draw where `is_drawing`, commit image and end-of-image token; return the logits (B, V) after them."""
-        config = model.config
-        rows = is_drawing.nonzero().flatten().tolist()
-        row_grids = [grid_after(documents[row], named_grids[row], config) for row in rows]
-        row_generators = [generators[row] for row in rows]
-        noise = draw_noise(row_grids, row_generators, config.patch_dim, model.device)
-        images = draw_images(model, [documents[row] for row in rows], noise, row_grids, self.drawing, row_generators)
-        written = {
-            row: torch.tensor([config.image_token_id] * len(image) + [config.eoi_token_id], device=model.device)
-            for row, image in zip(rows, images, strict=True)
-        }
-        nothing = is_drawing.new_zeros(0, dtype=torch.long)
-        blocks = [written.get(row, nothing) for row in range(len(documents))]
-        input_ids = pad_left(blocks, config.eoi_token_id)
-        is_token = pad_left([torch.ones_like(block) for block in blocks], 0).bool()
-        for row, image, grid in zip(rows, images, row_grids, strict=True):
-            documents[row].images = [*documents[row].images, image]
-            documents[row].grids = [*documents[row].grids, grid]
-        append_tokens(documents, input_ids, is_token)
-        return context.extend(input_ids, is_token, images, row_grids)
-
-
-def choose_tokens(scores: Tensor, do_sample: bool) -> Tensor:
-    """(B,) tokens from processed scores (B, V): sampled, or the best."""
-    return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1) if do_sample else scores.argmax(dim=-1)
-
-
-def append_tokens(documents: list[Document], input_ids: Tensor, is_token: Tensor) -> None:
-    """Append the tokens of each row of `input_ids` (B, q) where `is_token` to its document."""
-    for document, ids, chosen in zip(documents, input_ids, is_token, strict=True):
-        document.input_ids = torch.cat([document.input_ids, ids[chosen].to(document.input_ids.device)])
-
-
-def collect_output(
-    input_ids: Tensor, prompts: list[Document], documents: list[Document], generation_config: GenerationConfig
-) -> TransfusionGenerateOutput:
-    """Put what `documents` hold beyond their `prompts` behind `input_ids` (B, L)."""
-    pairs = list(zip(prompts, documents, strict=True))
-    new = [document.input_ids[len(prompt.input_ids) :] for prompt, document in pairs]
-    pad_token = generation_config._pad_token_tensor
-    padding_value = 0 if pad_token is None else int(pad_token)
-    new_ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=padding_value)
-    return TransfusionGenerateOutput(
-        sequences=torch.cat([input_ids, new_ids], dim=1),
-        images=[document.images[len(prompt.images) :] for prompt, document in pairs],
-        image_grids=[document.grids[len(prompt.grids) :] for prompt, document in pairs],
-        prompt_length=input_ids.shape[1],
-    )
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Check that each row (with beams, one of its beams) of `scores` (B, V) has a token left."""
+        is_dead = scores.isneginf().all(dim=1).view(-1, self.num_beams).all(dim=1)
+        if is_dead.any():
+            raise ValueError(
+                f"The constraints leave rows {is_dead.nonzero().flatten().tolist()} no token that can be sampled; "
+                "patches and end-of-image tokens never are, and begin-of-image tokens only where an image may begin. "
+                "Allow another token."
+            )
+        return scores
 
 
 class TransfusionGenerationMixin(GenerationMixin):
@@ -350,6 +210,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         negative_attention_mask: Tensor | None = None,
         latents: Tensor | None = None,
         callback: StepCallback | None = None,
+        generation_config: GenerationConfig | None = None,
     ) -> TransfusionImageOutput:
         """Draw one image after each prompt.
 
@@ -370,11 +231,36 @@ class TransfusionGenerationMixin(GenerationMixin):
                 their text. Where they hold images, these are the images of the prompts.
             latents: (P, D) noise to start from.
             callback: Called after each step with (step, timestep, noisy patches); may return others.
+            generation_config: Steps and guidance scale where they are not given; by default the model's.
 
         Raises:
-            ValueError: An empty batch, an impossible grid or one that a prompt's size token contradicts, a scheduler
-                of another objective, lists of wrong lengths.
+            ValueError: An empty batch, an impossible grid or one that a prompt's size token contradicts, a prompt that
+                leaves no room for its image in `max_position_embeddings`, a scheduler of another objective, lists of
+                wrong lengths.
         """
+        documents, grids = self._read_prompts(
+            input_ids, attention_mask, latent_patches, image_grids, output_image_grids
+        )
+        drawing = self.prepare_drawing(num_inference_steps, guidance_scale, scheduler, callback, generation_config)
+        generators = list_generators(generator, len(documents))
+        noise = self._initial_noise(latents, grids, generators)
+        negative_documents = None
+        if negative_input_ids is not None:
+            negative_documents = self._read_negatives(
+                negative_input_ids, negative_attention_mask, latent_patches, image_grids, grids
+            )
+        drawn = draw_images(self, documents, noise, grids, drawing, generators, negative_documents)
+        return TransfusionImageOutput(torch.cat(drawn), torch.tensor(grids, device=self.device))
+
+    def _read_prompts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        latent_patches: Tensor | None,
+        image_grids: Any,
+        output_image_grids: Any,
+    ) -> tuple[list[Document], list[Grid]]:
+        """The prompts, each ending in begin-of-image, and the grid of what is drawn after each."""
         check_batch(input_ids)
         documents = read_documents(
             input_ids, attention_mask, latent_patches, image_grids if latent_patches is not None else None, self.config
@@ -387,18 +273,13 @@ class TransfusionGenerationMixin(GenerationMixin):
         drawn_grids = image_grids if latent_patches is None and output_image_grids is None else output_image_grids
         named = list_grids(drawn_grids, len(documents), self.config)
         grids = [grid_after(document, grid, self.config) for document, grid in zip(documents, named, strict=True)]
-        drawing = self.prepare_drawing(num_inference_steps, guidance_scale, scheduler, callback)
-        generators = list_generators(generator, len(documents))
-        noise = self._initial_noise(latents, grids, generators)
-        negative_documents = None
-        if negative_input_ids is not None:
-            negative_documents = self._read_negatives(
-                negative_input_ids, negative_attention_mask, latent_patches, image_grids, grids
-            )
+        self._begin_images(documents, grids)
+        return documents, grids
+
+    def _begin_images(self, documents: list[Document], grids: list[Grid]) -> None:
         for document, grid in zip(documents, grids, strict=True):
             append_boi(document, grid, self.config)
-        drawn = draw_images(self, documents, noise, grids, drawing, generators, negative_documents)
-        return TransfusionImageOutput(torch.cat(drawn), torch.tensor(grids, device=self.device))
+            check_room(document, grid, self.config)
 
     def _read_negatives(
         self,
@@ -415,7 +296,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         if len(documents) != len(drawn_grids):
             raise ValueError(f"{len(documents)} negative prompts came with {len(drawn_grids)} prompts; give as many.")
         for document, grid in zip(documents, drawn_grids, strict=True):
-            append_boi(document, grid_after(document, grid, self.config), self.config)
+            grid_after(document, grid, self.config)  # refuses a size token of another grid
+        self._begin_images(documents, drawn_grids)
         return documents
 
     def _initial_noise(
@@ -432,6 +314,10 @@ class TransfusionGenerationMixin(GenerationMixin):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
         generation_mode: str = "text",
         image_grids: Any = None,
         output_image_grids: Any = None,
@@ -439,47 +325,156 @@ class TransfusionGenerationMixin(GenerationMixin):
         guidance_scale: float | None = None,
         scheduler: Any = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        max_images: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts: transformers' `generate`, with images.
 
-        `"text"` returns what transformers returns; images can only be in the prompt (`latent_patches`, `image_grids`).
-        `"interleaved"` draws whenever begin-of-image is sampled, by greedy decoding or sampling, and always returns a
-        `TransfusionGenerateOutput`. The drawing arguments are those of `generate_images`. Patches do not count in
-        `max_new_tokens`; an image that was begun is always finished and closed by its end-of-image token.
-        Where the config has size tokens, the model chooses the grid of each image by the one it begins it with,
-        unless `image_grids` names one (`output_image_grids`, where the prompts hold images).
+        The arguments of `generate_images` mean the same here. Patches and end-of-image tokens are never sampled.
+
+        Args:
+            inputs: (B, L) prompts, or `input_ids`.
+            generation_config, logits_processor, stopping_criteria: As in transformers.
+            generation_mode: `"text"` returns what transformers returns; images can only be in the prompt
+                (`latent_patches`, `image_grids`). `"image"` draws one image after each prompt and returns the scaled
+                latents, (B * num_return_sequences, C, H, W) in float32; it also takes `negative_input_ids`,
+                `negative_attention_mask`, `latents` and `callback`. It chooses no token, so `max_new_tokens` and the
+                settings of sampling are not read. `"interleaved"` draws whenever begin-of-image is chosen, by greedy
+                decoding or sampling, and always returns a `TransfusionGenerateOutput`.
+            image_grids, output_image_grids: Where the config has size tokens, the model chooses the grid of each image
+                in interleaved mode by the token it begins it with, unless one is named here.
+            num_inference_steps, guidance_scale, scheduler: How to draw.
+            generator: One for all images, or one for each returned row.
+            max_images: In interleaved mode, how many images a row may draw; after these it writes on without.
+            kwargs: Everything else that transformers takes.
+
+        In interleaved mode patches and end-of-image tokens do not count in `max_new_tokens`, and an image that was
+        begun is always finished and closed, also where begin-of-image is the last token or `max_time` is over. No
+        image is begun that would not fit in `max_position_embeddings`. A streamer gets the text as ids, without the
+        tokens of images, and if it has `put_image(latent_patches, grid)`, as `TransfusionStreamer` has, each image.
 
         Raises:
-            ValueError: An unknown mode, drawing arguments in text mode, beams in interleaved mode, a named grid that
-                the size token at the end of a prompt contradicts.
+            ValueError: An unknown mode, drawing arguments in text mode, an option that cannot work with images, a
+                named grid that the size token at the end of a prompt contradicts, images of different grids in image
+                mode.
         """
+        if generation_mode not in GENERATION_MODES:
+            raise ValueError(
+                f"generation_mode={generation_mode!r}; allowed: {', '.join(map(repr, GENERATION_MODES))}."
+            )
         has_images = kwargs.get("latent_patches") is not None
         prompt_grids = {"image_grids": image_grids} if has_images else {}
+        drawing = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "scheduler": scheduler,
+            "generator": generator,
+        }
+        custom = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         if generation_mode == "text":
-            drawing_arguments = {
-                "output_image_grids": output_image_grids,
-                "image_grids": None if has_images else image_grids,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "scheduler": scheduler,
-                "generator": generator,
-            }
-            if given := [name for name, value in drawing_arguments.items() if value is not None]:
-                raise ValueError(f"{', '.join(given)} cannot work in text mode; use generation_mode='interleaved'.")
+            named = {"image_grids": None if has_images else image_grids, "output_image_grids": output_image_grids}
+            self._refuse_drawing({**named, **drawing, "max_images": max_images}, kwargs)
             # Embeddings first: transformers reads the batch size off the first tensor, and patches lie flat.
             embedded = {name: kwargs.pop(name) for name in ("inputs_embeds",) if name in kwargs}
-            return super().generate(inputs, **embedded, **prompt_grids, **kwargs)
-        if generation_mode != "interleaved":
-            raise ValueError(
-                f"generation_mode={generation_mode!r}; allowed: 'text', 'interleaved'. To draw: generate_images."
-            )
-        drawn_grids = image_grids if not has_images and output_image_grids is None else output_image_grids
-        drawing = self.prepare_drawing(
-            num_inference_steps, guidance_scale, scheduler, generation_config=kwargs.get("generation_config")
+            return super().generate(inputs, generation_config, **custom, **embedded, **prompt_grids, **kwargs)
+        if generation_mode == "image":
+            refuse_options("image", {**custom, "max_images": max_images, **kwargs}, NOT_FOR_IMAGES)
+            arguments = {"image_grids": image_grids, **drawing, **kwargs}
+            return self._generate_latents(inputs, generation_config, output_image_grids, **arguments)
+        self._refuse_in_interleaved(generation_config, kwargs, max_images)
+        gate = _ImageGate(self.config)
+        grids = image_grids if not has_images and output_image_grids is None else output_image_grids
+        settings = self.prepare_drawing(
+            num_inference_steps, guidance_scale, scheduler, generation_config=generation_config
         )
-        writer = InterleavedDecoder(drawing, drawn_grids, generator, kwargs.get("streamer"))
-        return super().generate(inputs, custom_generate=writer, **prompt_grids, **kwargs)
+        decoder = InterleavedDecoder(settings, grids, generator, gate, kwargs.pop("streamer", None), max_images)
+        custom["logits_processor"] = LogitsProcessorList([*(logits_processor or []), gate])
+        return super().generate(inputs, generation_config, **custom, custom_generate=decoder, **prompt_grids, **kwargs)
+
+    def _refuse_drawing(self, arguments: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Refuse arguments that only drawing reads."""
+        for name in ("negative_input_ids", "negative_attention_mask", "latents", "callback"):
+            arguments[name] = kwargs.get(name)
+        if given := [name for name, value in arguments.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} cannot work in text mode; use generation_mode='interleaved', or 'image'."
+            )
+
+    def _refuse_in_interleaved(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], max_images: int | None
+    ) -> None:
+        """Refuse what the interleaved loop would not do, of the call's options and of the generation config's."""
+        if max_images is not None and (not isinstance(max_images, int) or max_images < 0):
+            raise ValueError(f"max_images={max_images!r}; give an integer of 0 or more.")
+        config, inputs = self._prepare_generation_config(generation_config, **kwargs)
+        refuse_options("interleaved", {**config.to_dict(), **kwargs}, NOT_WHILE_DRAWING)
+        if (method := config.get_generation_mode()) not in ("greedy_search", "sample"):
+            raise ValueError(f"{method.value} cannot draw: interleaved generation is greedy or samples.")
+        # Under FSDP and DeepSpeed all processes have to run the model equally often, and each draws when it wants to.
+        if self._extract_generation_mode_kwargs(None, {}, None, None, None).get("synced_gpus"):
+            raise ValueError(
+                "The model is sharded over several processes, which cannot draw at times of their own. Use "
+                "generation_mode='image' with batches of one size, or gather the model."
+            )
+        taken = {"input_ids", "attention_mask", "latent_patches", "tokenizer", "streamer", "prefix_allowed_tokens_fn"}
+        taken |= set(NOT_WHILE_DRAWING)
+        if unread := [name for name, value in inputs.items() if value is not None and name not in taken]:
+            raise ValueError(f"{', '.join(unread)}: generation_mode='interleaved' does not read this; leave it out.")
+
+    def _generate_latents(
+        self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        output_image_grids: Any,
+        image_grids: Any = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        latent_patches: Tensor | None = None,
+        negative_input_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        num_return_sequences: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The image mode: one image after each prompt, as scaled latents (B * num_return_sequences, C, H, W)."""
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None:
+            raise ValueError("generation_mode='image' came without prompts; give input_ids (rows, length).")
+        check_batch(input_ids)
+        config = GenerationConfig() if generation_config is None else generation_config
+        refuse_options("image", config.to_dict(), NOT_FOR_IMAGES)
+        names = ("num_inference_steps", "guidance_scale", "scheduler", "generator", "latents", "callback")
+        drawing = {name: kwargs.pop(name, None) for name in names}
+        if unknown := [name for name, value in kwargs.items() if value is not None and name not in config.to_dict()]:
+            raise ValueError(f"{', '.join(unknown)}: generation_mode='image' does not read this; leave it out.")
+        if attention_mask is None:  # as transformers does for text: padding is hidden
+            prepared = copy.copy(self.generation_config)
+            self._prepare_special_tokens(prepared, False, device=input_ids.device, batch_size=len(input_ids))
+            attention_mask = self._prepare_attention_mask_for_generation(input_ids, prepared, {})
+        copies = num_return_sequences or config.num_return_sequences or 1
+        has_images = latent_patches is not None
+        input_ids, prompts = self._expand_inputs_for_generation(
+            copies,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            latent_patches=latent_patches,
+            image_grids=image_grids if has_images else None,
+        )
+        negatives = {"negative_input_ids": negative_input_ids, "negative_attention_mask": negative_attention_mask}
+        repeated = {
+            name: None if rows is None else rows.repeat_interleave(copies, dim=0) for name, rows in negatives.items()
+        }
+        prompts["image_grids"] = prompts["image_grids"] if has_images else image_grids
+        prompts["output_image_grids"] = output_image_grids
+        _, grids = self._read_prompts(input_ids, **prompts)
+        if len(set(grids)) > 1:
+            raise ValueError(
+                f"The images to draw have the grids {sorted(set(grids))}, which fit in no one tensor; name one grid "
+                "for all in output_image_grids, or call generate_images, which returns patches of any grids."
+            )
+        drawn = self.generate_images(input_ids, **prompts, **repeated, **drawing, generation_config=generation_config)
+        assert drawn.latent_patches is not None
+        patches = drawn.latent_patches.view(len(grids), -1, self.config.patch_dim)
+        return unpatchify(patches, grids[0], self.config.patch_size)
 
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any
@@ -490,16 +485,34 @@ class TransfusionGenerationMixin(GenerationMixin):
         return mode_kwargs if tokenizer is None else mode_kwargs | {"tokenizer": tokenizer}
 
     def _get_logits_processor(
-        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        logits_processor: LogitsProcessorList | None = None,
+        device: Any = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> LogitsProcessorList:
+        custom = list(logits_processor or [])
+        gate = next((processor for processor in custom if isinstance(processor, _ImageGate)), None)
+        closed = [self.config.image_token_id, self.config.eoi_token_id]
+        if gate is None:  # no interleaved decoder brought its own
+            custom.append(gate := _ImageGate(self.config))
+            closed += self.config.boi_token_ids
+        gate.place(self.device if device is None else device)
+        refuse_forced_tokens(generation_config, closed)
+        if generation_config.prefill_chunk_size is not None and (model_kwargs or {}).get("latent_patches") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut through the images of the "
+                "prompt; leave it out."
+            )
         # The guidance scale is that of images; transformers would guide text with it.
         generation_config = copy.copy(generation_config)
         generation_config.guidance_scale = None
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        # A patch is no token, and the decoder itself closes an image.
-        unwritten = [self.config.image_token_id, self.config.eoi_token_id]
-        processors.append(SuppressTokensLogitsProcessor(unwritten, device=kwargs["device"]))
-        processors.append(_NoImageBegin(list(self.config.boi_token_ids), device=kwargs["device"]))
+        named = {"logits_processor": LogitsProcessorList(custom), "device": device, "model_kwargs": model_kwargs}
+        processors = super()._get_logits_processor(generation_config, *args, **named, **kwargs)
+        if len(custom) > 1 or kwargs.get("prefix_allowed_tokens_fn") is not None:
+            processors.append(_SomeTokenLeft(generation_config.num_beams or 1))
         return processors
 
     def prepare_inputs_for_generation(
@@ -511,13 +524,17 @@ class TransfusionGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Give the images of the prompt to the first forward alone, or to each without a cache."""
-        if use_cache and not is_first_iteration:
-            kwargs |= {"latent_patches": None, "image_grids": None}
-        elif kwargs.get("latent_patches") is not None:
+        cache, has_images = kwargs.get("past_key_values"), kwargs.get("latent_patches") is not None
+        if has_images and use_cache and not is_first_iteration and cache is not None:
+            # The first forward of an assistant is not announced as the first, but its cache is empty.
+            is_first_iteration = has_images = bool(cache.get_seq_length() == 0)
+        if has_images:
             is_embedded = inputs_embeds is not None and is_first_iteration
             kwargs["mm_token_type_ids"] = self.model.get_image_mask(
                 None if is_embedded else input_ids, inputs_embeds
             ).long()
+        else:
+            kwargs |= {"latent_patches": None, "image_grids": None}
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -563,4 +580,10 @@ class TransfusionGenerationMixin(GenerationMixin):
         return input_ids, kwargs | {"latent_patches": latent_patches, "image_grids": image_grids}
 
 
-__all__ = ["SAMPLING_DEFAULTS", "TransfusionGenerateOutput", "TransfusionGenerationMixin", "TransfusionImageOutput"]
+__all__ = [
+    "SAMPLING_DEFAULTS",
+    "TransfusionGenerateOutput",
+    "TransfusionGenerationMixin",
+    "TransfusionImageOutput",
+    "TransfusionStreamer",
+]
