@@ -1,29 +1,41 @@
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
+from accelerate import cpu_offload_with_hook
+from diffusers import (
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
 from scripts.generate import main, parse_args
-from tests.test_generation import force
-from tests.tiny import tiny_config
-from tests.tiny_processor import picture, text_ids, tiny_tokenizer, tiny_vae
+from tests.tiny import force, tiny_config
+from tests.tiny_processor import CHAT_TEMPLATE, picture, text_ids, tiny_tokenizer, tiny_vae
 from transfusion import TransfusionPipeline
 from transfusion.image_processing import TransfusionImageProcessor
 from transfusion.latents import patchify, unpatchify
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 from transfusion.pipeline import TransfusionPipeline as FromModule
+from transfusion.pipeline import save_pipeline_parts
 from transfusion.processing import TransfusionProcessor
 
 
-def make_pipeline(objective: str = "flow", size: int | None = 16, sizes: Any = None, **overrides: Any) -> Any:
+def make_pipeline(
+    objective: str = "flow", size: int | None = 16, sizes: Any = None, with_vae: bool = True, **overrides: Any
+) -> Any:
     """Pictures of 16 x 16 pixels, latents of 4 x 4 and 4 channels, 2 x 2 patches; size tokens for `sizes`."""
     image_processor = TransfusionImageProcessor(size=size)
-    processor = TransfusionProcessor(image_processor, tiny_tokenizer(), tiny_vae(), size_token_grids=sizes)
+    vae = tiny_vae() if with_vae else None
+    processor = TransfusionProcessor(image_processor, tiny_tokenizer(), vae, CHAT_TEMPLATE, size_token_grids=sizes)
     torch.manual_seed(0)
     config = tiny_config(
         objective=objective,
@@ -34,7 +46,7 @@ def make_pipeline(objective: str = "flow", size: int | None = 16, sizes: Any = N
         size_token_grids=processor.size_token_grids,
         size_token_ids=processor.size_token_ids,
         eos_token_id=processor.tokenizer.eos_token_id,
-        latent_channels=4,
+        latent_channels=processor.latent_channels,
         bos_token_id=None,
         **{"default_image_grid": (2, 2), **overrides},
     )
@@ -252,33 +264,226 @@ def test_several_captions_of_one_picture() -> None:
     assert isinstance(texts, list) and len(texts) == 2
 
 
-def test_moving_takes_the_vae_along_and_casting_leaves_it() -> None:
+def test_moving_and_casting_take_the_vae_along() -> None:
     pipeline = make_pipeline()
     assert pipeline.to(torch.bfloat16) is pipeline
-    assert (pipeline.model.dtype, pipeline.processor.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert pipeline.dtype == pipeline.model.dtype == pipeline.processor.vae.dtype == torch.bfloat16
     assert pipeline("a heart", num_inference_steps=2).images[0].size == (16, 16)
     pipeline.to("meta")
     assert pipeline.processor.vae.device.type == pipeline.model.device.type == "meta"
 
 
-def test_save_and_load_draw_the_same_picture(tmp_path: Path) -> None:
+LOADERS = [TransfusionPipeline, DiffusionPipeline, AutoPipelineForText2Image]
+
+
+def drawn(pipeline: Any, **arguments: Any) -> torch.Tensor:
+    """The pixels of one picture of one seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "generator": seeded(0)[0], "output_type": "pt", **arguments}
+    return pipeline("a heart", **settings).images
+
+
+def test_a_checkpoint_is_one_folder_for_both_libraries(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    weights = {file for file in files if file.endswith((".safetensors", ".bin"))}
+    assert weights == {"model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
+    assert {"model_index.json", "scheduler/scheduler_config.json", "config.json", "processor_config.json"} <= files
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"scheduler", "vae"}
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    torch.testing.assert_close(drawn(TransfusionPipeline(model, processor)), drawn(pipeline))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_loaders_give_the_saved_picture_and_take_components(loader: Any, tmp_path: Path) -> None:
     pipeline = make_pipeline()
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=2.0)
     pipeline.save_pretrained(tmp_path)
-    assert {"config.json", "model.safetensors", "scheduler", "vae"} <= {path.name for path in tmp_path.iterdir()}
-    again = TransfusionPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
+    again = loader.from_pretrained(tmp_path)
+    assert type(again) is TransfusionPipeline and again.vae is again.processor.vae
     assert type(again.scheduler) is FlowMatchHeunDiscreteScheduler and again.scheduler.config.shift == 2.0
-    before, after = (
-        p("a heart", num_inference_steps=3, generator=seeded(0)[0], output_type="latent").images
-        for p in (pipeline, again)
-    )
-    torch.testing.assert_close(before, after)
-    assert pipeline.count_steps(3) == 5
+    assert torch.equal(drawn(again), drawn(pipeline))
+    assert again.count_steps(3) == 5
     given = FlowMatchHeunDiscreteScheduler(shift=4.0)
-    assert TransfusionPipeline.from_pretrained(tmp_path, scheduler=given).scheduler.config.shift == 4.0
-    shutil.rmtree(tmp_path / "scheduler")
-    assert type(TransfusionPipeline.from_pretrained(tmp_path).scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert loader.from_pretrained(tmp_path, scheduler=given).scheduler.config.shift == 4.0
+    assert loader.from_pretrained(tmp_path, vae=pipeline.vae).processor.vae is pipeline.vae
+    cast = loader.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert cast.model.dtype == cast.vae.dtype == torch.bfloat16
+    assert torch.equal(drawn(cast), drawn(loader.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_pipelines_without_a_vae_are_saved_and_loaded(loader: Any, tmp_path: Path) -> None:
+    pipeline = make_pipeline("ddpm", with_vae=False)
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == [None, None]
+    again = loader.from_pretrained(tmp_path)
+    assert again.vae is None and torch.equal(drawn(again), drawn(pipeline))
+
+
+def test_folders_of_model_and_processor_alone_are_loaded_and_can_be_completed(tmp_path: Path) -> None:
+    pipeline = make_pipeline(timestep_shift=2.0)
+    pipeline.model.save_pretrained(tmp_path)
+    pipeline.processor.save_pretrained(tmp_path)
+    for folder in ("scheduler", "model_index.json"):
+        assert not (tmp_path / folder).exists()
+    again = TransfusionPipeline.from_pretrained(tmp_path)
+    assert again.scheduler.config.shift == 2.0 and torch.equal(drawn(again), drawn(pipeline))
+    assert TransfusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    save_pipeline_parts(tmp_path, pipeline.model.config)
+    assert torch.equal(drawn(DiffusionPipeline.from_pretrained(tmp_path)), drawn(pipeline))
+    (tmp_path / "model_index.json").unlink()  # a folder that an earlier version saved
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    pipeline.scheduler.save_pretrained(tmp_path / "scheduler")
+    assert torch.equal(drawn(TransfusionPipeline.from_pretrained(tmp_path)), drawn(pipeline))
+
+
+def test_a_repository_without_an_index_is_taken_from_the_cache_of_the_hub(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    repository = tmp_path / "models--someone--hearts"
+    pipeline.model.save_pretrained(repository / "snapshots" / "abc")
+    pipeline.processor.save_pretrained(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    again = TransfusionPipeline.from_pretrained("someone/hearts", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(drawn(again), drawn(pipeline))
+
+
+def test_weights_are_split_and_always_safetensors(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path, max_shard_size="50KB", safe_serialization=False)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not list(tmp_path.rglob("*.bin"))
+    assert torch.equal(drawn(DiffusionPipeline.from_pretrained(tmp_path)), drawn(pipeline))
+    with pytest.raises(ValueError, match="variant='fp16'"):
+        pipeline.save_pretrained(tmp_path, variant="fp16")
+
+
+DDPM_SCHEDULERS = (
+    "DDPM DDIM DPMSolverMultistep DPMSolverSinglestep EulerDiscrete EulerAncestralDiscrete UniPCMultistep "
+    "HeunDiscrete PNDM DEISMultistep KDPM2Discrete"
+).split()
+FLOW_SCHEDULERS = ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"]
+
+
+@pytest.mark.parametrize("name", [*DDPM_SCHEDULERS, *FLOW_SCHEDULERS])
+def test_every_scheduler_is_swapped_by_from_config_and_saved(name: str, tmp_path: Path) -> None:
+    pipeline = make_pipeline("flow" if name.startswith("Flow") else "ddpm")
+    scheduler_class = getattr(diffusers, f"{name}Scheduler")
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    expected = drawn(pipeline, num_inference_steps=5)
+    pipeline.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is scheduler_class
+    torch.testing.assert_close(drawn(again, num_inference_steps=5), expected)
+
+
+def test_a_scheduler_of_another_objective_is_refused() -> None:
+    pipeline = make_pipeline("flow")
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler takes the prediction 'epsilon'"):
+        drawn(pipeline)
+
+
+def test_components_make_another_pipeline_and_the_vae_is_one() -> None:
+    pipeline = make_pipeline()
+    assert set(pipeline.components) == {"model", "processor", "scheduler", "vae"}
+    for again in (TransfusionPipeline(**pipeline.components), AutoPipelineForText2Image.from_pipe(pipeline)):
+        assert again.vae is pipeline.vae and torch.equal(drawn(again), drawn(pipeline))
+    other = tiny_vae()
+    pipeline.vae = other
+    assert pipeline.processor.vae is pipeline.components["vae"] is other
+    with pytest.raises(ValueError, match="The VAE's factor is 2 and the image processor's vae_scale_factor 4"):
+        TransfusionPipeline(pipeline.model, pipeline.processor, vae=tiny_vae("AutoencoderTiny"))
+
+
+def test_offloaded_components_are_brought_in_where_they_work() -> None:
+    pipeline = make_pipeline()
+    expected = drawn(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        hooks = list(pipeline._all_hooks)
+        assert [hook.model for hook in hooks] == [pipeline.model, pipeline.vae]
+        assert torch.equal(drawn(pipeline), expected)
+        assert pipeline._all_hooks[0] is not hooks[0]  # set up anew, which takes all from the device
+    pipeline.caption(picture(0, 16, 16), max_new_tokens=2)
+    pipeline.remove_all_hooks()  # meta is no device to compute on, but one to see a move to
+    pipeline._all_hooks = [cpu_offload_with_hook(part, "meta")[1] for part in (pipeline.model, pipeline.vae)]
+    pipeline._onload(pipeline.model)
+    assert (pipeline.model.device.type, pipeline.vae.device.type) == ("meta", "cpu")
+    pipeline._onload(pipeline.vae)
+    assert pipeline.vae.device.type == "meta"
+
+
+def test_sequential_offload_keeps_the_vae_and_names_the_device_of_the_model() -> None:
+    pipeline = make_pipeline()
+    pipeline.enable_sequential_cpu_offload(device="cpu")
+    assert pipeline.model.lm_head.weight.is_meta and not pipeline.vae.decoder.conv_out.weight.is_meta
+    assert pipeline.model.device == pipeline.vae.device == torch.device("cpu")
+
+
+def test_callbacks_get_what_they_ask_for_and_end_a_drawing() -> None:
+    pipeline = make_pipeline()
+    seen: list[Any] = []
+
+    def stop(pipe: Any, step: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+        seen.append((step, list(kwargs), pipe.num_timesteps))
+        pipe._interrupt = step == 1
+        return kwargs
+
+    arguments = {"num_inference_steps": 4, "callback_on_step_end": stop, "output_type": "latent"}
+    ended = drawn(pipeline, callback_on_step_end_tensor_inputs=["latents"], **arguments)
+    assert seen == [(0, ["latents"], 4), (1, ["latents"], 4)]
+    steps: list[torch.Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+        steps.append(kwargs["latents"])
+        return {}
+
+    drawn(pipeline, **{**arguments, "callback_on_step_end": keep})
+    assert len(steps) == 4 and torch.equal(ended, steps[1])
+    seen.clear()
+    drawn(pipeline, callback_on_step_end_tensor_inputs=[], **arguments)
+    assert seen[0] == (0, [], 4)
+
+
+def chatty_pipeline() -> Any:
+    """A pipeline that answers, after a line break, "a", a picture, "b" and the end."""
+    pipeline = make_pipeline()
+    processor = pipeline.processor
+    newline, a, b = (processor.tokenizer(text)["input_ids"][0] for text in ("\n", "a", "b"))
+    chain = [newline, a, processor.boi_token_id]
+    answers = dict(zip(chain, chain[1:], strict=False)) | {
+        processor.eoi_token_id: b,
+        b: processor.tokenizer.eos_token_id,
+    }
+    force(pipeline.model, answers)
+    return pipeline
+
+
+def test_chats_answer_with_text_and_pictures_in_order() -> None:
+    pipeline = chatty_pipeline()
+    image = picture(0, 16, 16)
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "and now?"}]
+    messages = [{"role": "user", "content": parts}]
+    arguments = {"do_sample": False, "num_inference_steps": 2}
+    answer = pipeline.chat(messages, generator=seeded(0)[0], **arguments)
+    first, drawing, last = answer.parts
+    assert (first, last, answer.text, answer.images) == ("a", "b", "ab", [drawing])
+    assert drawing.size == (16, 16)
+    assert answer.message["role"] == "assistant"
+    assert answer.message["content"][1] == {"type": "image", "image": drawing}
+    messages += [answer.message, {"role": "user", "content": "again"}]
+    again = pipeline.chat([messages, messages[:1]], generator=seeded(1, 0), **arguments)
+    assert [len(row) for row in again.images] == [1, 1] and again.text == ["ab", "ab"]
+    np.testing.assert_allclose(np.asarray(again.images[1][0], int), np.asarray(drawing, int), atol=1)
+    tall = pipeline.chat(messages, height=32, width=16, max_new_tokens=4, **arguments)
+    assert tall.images[0].size == (16, 32)
+    with pytest.raises(ValueError, match=r"messages=\[\]"):
+        pipeline.chat([])
+    pipeline.scheduler = DDIMScheduler()  # draws with the pipeline's own scheduler, and so refuses this one
+    with pytest.raises(ValueError, match="DDIMScheduler"):
+        pipeline.chat(messages, **arguments)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -287,6 +492,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_type": "jpeg"}, "'jpeg'; allowed: 'pil'"),
     ({"height": 20}, "multiples of 8; the nearest is"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+    ({"callback_on_step_end_tensor_inputs": ["noise"]}, "holds ['noise']; allowed: ['latents']"),
     ({"generator": [torch.Generator()] * 2}, "list of 2 for 1 images"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, "take (1, 4, 4, 4)"),
     ({"latents": torch.zeros(1, 4, 2, 8)}, "latents has shape (1, 4, 2, 8)"),

@@ -1,6 +1,7 @@
 """Transfusion: one transformer that predicts the next token and diffuses images (arXiv:2408.11039).
 
-Importing this package registers its classes with transformers' Auto classes.
+Importing this package registers its classes with transformers' Auto classes and tasks, and its pipeline with
+diffusers.
 """
 
 import importlib
@@ -18,9 +19,12 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration import TransfusionConfig
+from .generation import TransfusionStreamer
 from .image_processing import TransfusionImageProcessor
 from .modeling_transfusion import TransfusionForMultimodalGeneration, TransfusionModel, TransfusionOutput
 from .processing import TransfusionProcessor
+from .registration import register_with_diffusers
+from .tasks import register_tasks
 
 
 __version__ = "0.1.0"
@@ -32,6 +36,8 @@ AutoImageProcessor.register(
     TransfusionConfig, image_processor_classes={"pil": TransfusionImageProcessor}, exist_ok=True
 )
 AutoProcessor.register(TransfusionConfig, TransfusionProcessor, exist_ok=True)
+register_tasks()
+register_with_diffusers()
 
 # These import diffusers or the Trainer, which takes seconds: only when they are asked for.
 _LAZY = {
@@ -49,6 +55,7 @@ __all__ = [
     "TransfusionOutput",
     "TransfusionPipeline",
     "TransfusionProcessor",
+    "TransfusionStreamer",
     "TransfusionTrainer",
 ]
 

@@ -1,24 +1,59 @@
-"""`TransfusionPipeline`: text to image and edits of images by diffusers' call, and captions."""
+"""`TransfusionPipeline`: text to image and edits of images by diffusers' call, captions, and chats with pictures.
+
+A checkpoint is one folder for transformers and diffusers: transformers' files at the root, and beside them `vae/`,
+`scheduler/` and `model_index.json`. diffusers takes a component without a folder of its own from the root.
+"""
 
 import copy
-from collections.abc import Callable, Sequence
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+)
+from diffusers.utils import BaseOutput, logging
+from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
+from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 
+from .autoencoder import VAE_SUBFOLDER, spatial_factor
 from .diffusion import check_scheduler, make_scheduler
 from .latents import patchify, split_images, unpatchify
+from .model_card import CardContents
+from .sharing import SharedPipeline, file_times, take_hub_options
 
 
-# Where to read a checkpoint from, which must be the same for each of its parts.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
+logger = logging.get_logger(__name__)
+
+# Where to read a checkpoint from.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+CHECKPOINT_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# In `model_index.json`. diffusers takes classes from modules that are imported, and imports none that a file names.
+OWN_COMPONENTS = {
+    "model": ["transfusion.modeling_transfusion", "TransfusionForMultimodalGeneration"],
+    "processor": ["transfusion.processing", "TransfusionProcessor"],
+}
+# The components of diffusers' own, by their folders and files.
+DIFFUSERS_COMPONENTS = {"scheduler": "scheduler_config.json", VAE_SUBFOLDER: "config.json"}
+
+# The default of a component that may be left out. To diffusers only parameters without a default are components: it
+# would load a scheduler over the one that `DiffusionPipeline.from_pretrained` is given.
+LEFT_OUT: Any = inspect.Parameter.empty
 
 
 @dataclass
@@ -35,6 +70,86 @@ class TransfusionCaptionOutput(BaseOutput):
     text: Any
 
 
+@dataclass
+class TransfusionChatOutput(BaseOutput):
+    """An answer; for a list of conversations, a list of each.
+
+    Attributes:
+        parts: Its texts and PIL images, in order.
+        text: Its texts in one.
+        images: Its images.
+        message: The answer as a message, to append to the conversation.
+    """
+
+    parts: Any
+    text: Any
+    images: Any
+    message: Any
+
+
+class _Interrupted(Exception):
+    """Ends a drawing early, with its patches (P, D)."""
+
+    def __init__(self, latent_patches: Tensor) -> None:
+        super().__init__()
+        self.latent_patches = latent_patches
+
+
+def make_chat_output(rows: list[list[Any]], is_one: bool) -> TransfusionChatOutput:
+    """The output of answers, each a list of strings and images; of the only one, where `is_one`."""
+    answers = []
+    for parts in rows:
+        content = [{"type": "text" if isinstance(one, str) else "image"} for one in parts]
+        content = [{**part, part["type"]: one} for part, one in zip(content, parts, strict=True)]
+        texts = [one for one in parts if isinstance(one, str)]
+        images = [one for one in parts if not isinstance(one, str)]
+        answers.append((parts, "".join(texts).strip(), images, {"role": "assistant", "content": content}))
+    return TransfusionChatOutput(*(column[0] if is_one else list(column) for column in zip(*answers, strict=True)))
+
+
+def read_model_index(folder: str | Path) -> dict[str, Any]:
+    """What `model_index.json` holds for the parts that lie in `folder`; a part that is absent is (None, None)."""
+    index: dict[str, Any] = {
+        "_class_name": "TransfusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        **OWN_COMPONENTS,
+    }
+    for name, file in DIFFUSERS_COMPONENTS.items():
+        path = Path(folder, name, file)
+        class_name = json.loads(path.read_text(encoding="utf-8"))["_class_name"] if path.is_file() else None
+        index[name] = [class_name and "diffusers", class_name]
+    return index
+
+
+def save_pipeline_parts(folder: str | Path, config: Any, scheduler: SchedulerMixin | None = None) -> None:
+    """Make a folder that holds a model of `config` and its processor one that diffusers loads too.
+
+    Writes `scheduler/`, by default that of the objective, and `model_index.json`.
+    """
+    scheduler = default_scheduler(config) if scheduler is None else scheduler
+    scheduler.save_pretrained(Path(folder, "scheduler"))
+    text = json.dumps(read_model_index(folder), indent=2, sort_keys=True)
+    Path(folder, DiffusionPipeline.config_name).write_text(text + "\n", encoding="utf-8")
+
+
+def default_scheduler(config: Any) -> SchedulerMixin:
+    """The scheduler that samples a model of `config` where none is named."""
+    shift = config.timestep_shift if config.objective == "flow" else 1.0  # ddpm draws uniformly
+    return make_scheduler(config.objective, shift=shift, num_train_timesteps=config.num_train_timesteps)
+
+
+def read_scheduler(path: str | Path) -> SchedulerMixin | None:
+    """The scheduler that was saved with a checkpoint, a folder or Hub name; None where none was."""
+    try:
+        config = DDIMScheduler.load_config(path, subfolder="scheduler")  # every scheduler's file has one name
+    except OSError:
+        return None
+    scheduler_class = getattr(diffusers, config["_class_name"], None)
+    if not inspect.isclass(scheduler_class) or not issubclass(scheduler_class, SchedulerMixin):
+        raise ValueError(f"scheduler/ of {path} names the class {config['_class_name']!r}; take one of diffusers.")
+    return scheduler_class.from_config(config)  # type: ignore[attr-defined]
+
+
 def list_prompts(prompt: str | Sequence[str]) -> list[str]:
     """One or several prompts as a list; ValueError for anything else."""
     prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
@@ -43,60 +158,134 @@ def list_prompts(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-class TransfusionPipeline(DiffusionPipeline):
-    """Draws pictures from prompts, edits pictures, and writes captions of them.
+class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
+    """Draws pictures from prompts, edits pictures, writes captions of them, and answers with text and pictures.
 
     Args:
         model: A `TransfusionForMultimodalGeneration`.
         processor: Its `TransfusionProcessor`, which owns the VAE.
         scheduler: A diffusers scheduler; by default that of the model's objective.
+        vae: Replaces the processor's; by default the processor keeps its own.
+
+    `pipeline.vae` and `pipeline.processor.vae` are one. Setting `pipeline._interrupt = True` in a callback ends the
+    drawing after that step.
 
     Raises:
-        ValueError: A processor or a scheduler that does not fit the model.
+        ValueError: A processor, a scheduler or a VAE that does not fit.
     """
 
-    def __init__(self, model: Any, processor: Any, scheduler: SchedulerMixin | None = None) -> None:
+    model_cpu_offload_seq = "model->vae"
+    # Module by module, `enable_sequential_cpu_offload` would leave no device to see on the VAE, which is small.
+    _exclude_from_cpu_offload = ["vae"]
+    _optional_components = ["scheduler", "vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        scheduler: SchedulerMixin | None = LEFT_OUT,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = LEFT_OUT,
+    ) -> None:
         super().__init__()
+        self._all_hooks: list[Any] = []
+        self._interrupt = False
+        self._num_timesteps = 0
+        if vae is not LEFT_OUT and vae is not None:
+            if spatial_factor(vae) != processor.image_processor.vae_scale_factor:
+                raise ValueError(
+                    f"The VAE's factor is {spatial_factor(vae)} and the image processor's vae_scale_factor "
+                    f"{processor.image_processor.vae_scale_factor}; give the VAE that the processor was made with."
+                )
+            processor.vae = vae
         processor.check_model(model.config)
-        objective = model.config.objective
-        if scheduler is None:
-            shift = model.config.timestep_shift if objective == "flow" else 1.0
-            scheduler = make_scheduler(objective, shift=shift, num_train_timesteps=model.config.num_train_timesteps)
-        check_scheduler(scheduler, objective)
-        self.register_modules(model=model, processor=processor, scheduler=scheduler)
+        if scheduler is LEFT_OUT or scheduler is None:
+            scheduler = default_scheduler(model.config)
+        check_scheduler(scheduler, model.config.objective)
+        self.register_modules(model=model, processor=processor, scheduler=scheduler, vae=processor.vae)
+
+    @property
+    def vae(self) -> Any:
+        """The processor's autoencoder, or None where pixels are the latents."""
+        return self.processor.vae
+
+    @vae.setter
+    def vae(self, vae: Any) -> None:
+        self.processor.vae = vae
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the latest drawing has, as callbacks want to know."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the drawing ends after this step."""
+        return self._interrupt
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, scheduler: SchedulerMixin | None = None, **kwargs: Any) -> Any:
-        """Load model and processor from `path`, a folder or Hub name, and the scheduler from its `scheduler/`.
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:
+        """Load a checkpoint, a folder or Hub name; one without `model_index.json` or `scheduler/` too.
 
-        `kwargs` go to `AutoModel.from_pretrained` (`dtype`, `device_map`, ...).
+        `kwargs` are those of `DiffusionPipeline.from_pretrained`: `dtype`, `device_map`, a component under its name,
+        ... Options of the model alone: `from_pretrained(path, model=AutoModel.from_pretrained(path, ...))`.
         """
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        model = AutoModel.from_pretrained(path, **kwargs)
-        processor = AutoProcessor.from_pretrained(path, **hub)
-        return cls(model, processor, scheduler or cls._load_scheduler(path, model.config.objective, **hub))
+        if not os.path.isdir(path):
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+            path = snapshot_download(str(path), allow_patterns=CHECKPOINT_FILES, **hub)
+        return super().from_pretrained(str(path), **{"use_safetensors": True, **kwargs})
 
-    def to(self, *args: Any, **kwargs: Any) -> "TransfusionPipeline":
-        """Move or cast the model as diffusers does; the VAE goes along to its device and keeps its dtype."""
-        super().to(*args, **kwargs)
-        if self.processor.vae is not None:
-            self.processor.vae.to(self.model.device)
-        return self
+    @classmethod
+    def load_config(cls, path: str | Path, **kwargs: Any) -> Any:
+        """`model_index.json`, or where a folder has none, what it would hold; classes are those of this package."""
+        if os.path.isfile(Path(path, "config.json")) and not os.path.isfile(Path(path, cls.config_name)):
+            return read_model_index(path)
+        index = super().load_config(path, **kwargs)
+        # Saved with code, it names that.
+        return {**index, "_class_name": cls.__name__, **OWN_COMPONENTS} if isinstance(index, dict) else index
 
-    @staticmethod
-    def _load_scheduler(path: str | Path, objective: str, **hub: Any) -> SchedulerMixin | None:
-        try:
-            # Every scheduler's file has one name.
-            config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
-        except OSError:  # saved without a pipeline: the objective's default will do
-            return None
-        return type(make_scheduler(objective, config["_class_name"])).from_config(config)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        with_code: bool = False,
+        card: CardContents | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save into one folder what transformers and diffusers both load, the VAE once.
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save model, processor with its VAE, and `scheduler/` into one folder; `kwargs` go to the model."""
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
-        self.scheduler.save_pretrained(Path(save_directory, "scheduler"))
+        Args:
+            save_directory: A folder.
+            safe_serialization: Weights are safetensors always; False is answered by a warning.
+            variant: Of no use here, as the model lies at the root, where diffusers looks for no variants.
+            max_shard_size: Largest file of the model's weights, such as `"5GB"`.
+            push_to_hub: Then upload all of it, with a model card.
+            with_code: Save the code too, for `trust_remote_code=True` where this package is not installed.
+            card: Write a model card, with this in it, as for `push_to_hub`.
+            kwargs: Options of `push_to_hub`; `repo_id` defaults to the folder's name.
+
+        Raises:
+            ValueError: A variant, or an unknown option.
+        """
+        if variant is not None:
+            raise ValueError(
+                f"variant={variant!r} cannot be loaded from one folder for two libraries; cast with `.to(dtype)` and "
+                "save into a folder of its own."
+            )
+        if not safe_serialization:
+            logger.warning("safe_serialization=False would write pickles; the weights are saved as safetensors.")
+        hub, known = take_hub_options(kwargs, save_directory), file_times(save_directory)
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: no option of save_pretrained or push_to_hub; leave it out.")
+        sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        self.model.save_pretrained(save_directory, with_code=with_code, **sharding)
+        self.processor.save_pretrained(save_directory, with_code=with_code)
+        save_pipeline_parts(save_directory, self.model.config, self.scheduler)
+        self._finish_saving(save_directory, known, with_code, push_to_hub, card, hub)
 
     @torch.no_grad()
     def __call__(
@@ -113,6 +302,7 @@ class TransfusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Any = None,
     ) -> Any:
         """Draw, or with `image` edit.
@@ -129,51 +319,66 @@ class TransfusionPipeline(DiffusionPipeline):
             return_dict: Return a `TransfusionPipelineOutput`, or a tuple.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": (N, C, h, w)})`; what it
                 returns under `"latents"` replaces them.
+            callback_on_step_end_tensor_inputs: Which of `"latents"` the callback gets.
             image: The picture that each prompt says how to change, or one for each prompt. It stands before the
                 prompt, and before the negative prompt too.
 
         Raises:
-            ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type, pictures of
-                several sizes where no size is named.
+            ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type or tensor for
+                the callback, pictures of several sizes where no size is named.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}.")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}; give an integer of 1 or more.")
+        self.check_inputs(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
         prompts = list_prompts(prompt)
         sources = self.encode_sources(image, len(prompts))
         grid = self.grid_of(height, width, sources)
         inputs = self.encode_prompt(prompts, num_images_per_prompt, grid, sources)
-        num_images = inputs["input_ids"].shape[0]
         if negative_prompt is not None:
             negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-            encoded = self.encode_prompt(negative, num_images_per_prompt, grid, sources)
-            inputs |= {f"negative_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
+            inputs |= self.encode_negative(negative, num_images_per_prompt, grid, sources)
+        num_images = len(prompts) * num_images_per_prompt
         if latents is not None:
             latents = self.to_patches(latents, num_images, grid)
         num_inference_steps = self.model.prepare_drawing(num_inference_steps).num_inference_steps
-        with self.progress_bar(total=self.count_steps(num_inference_steps)) as progress:
+        self._interrupt, self._num_timesteps = False, self.count_steps(num_inference_steps)
+        with self.progress_bar(total=self.num_timesteps) as progress:
 
             def after_step(step: int, timestep: Tensor, x_t: Tensor) -> Tensor | None:
                 progress.update()
-                if callback_on_step_end is None:
-                    return None
-                kept = {"latents": self.to_latents(x_t, grid)}
-                changed = callback_on_step_end(self, step, timestep, kept).get("latents", kept["latents"])
-                return self.to_patches(changed, num_images, grid)
+                if callback_on_step_end is not None:
+                    kept = {name: self.to_latents(x_t, grid) for name in callback_on_step_end_tensor_inputs}
+                    if (changed := callback_on_step_end(self, step, timestep, kept).get("latents")) is not None:
+                        x_t = self.to_patches(changed, num_images, grid)
+                if self.interrupt:
+                    raise _Interrupted(x_t)
+                return x_t
 
-            drawn = self.model.generate_images(
-                **inputs,
-                output_image_grids=grid,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                scheduler=self.scheduler,
-                generator=generator,
-                latents=latents,
-                callback=after_step,
-            )
-        images = self.decode(drawn.latent_patches, drawn.image_grids, output_type)
+            try:
+                latent_patches = self.model.generate_images(
+                    **inputs,
+                    output_image_grids=grid,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    scheduler=self.scheduler,
+                    generator=generator,
+                    latents=latents,
+                    callback=after_step,
+                ).latent_patches
+            except _Interrupted as interrupted:
+                latent_patches = interrupted.latent_patches
+        images = self.decode(latent_patches, torch.tensor([grid] * num_images), output_type)
+        self.maybe_free_model_hooks()
         return TransfusionPipelineOutput(images) if return_dict else (images,)
+
+    def check_inputs(self, output_type: str, num_images_per_prompt: int, tensor_inputs: Sequence[str]) -> None:
+        """Raise a `ValueError` for arguments of a call that no picture can be drawn with."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}; give an integer of 1 or more.")
+        if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs holds {unknown}; allowed: {self._callback_tensor_inputs}."
+            )
 
     @torch.no_grad()
     def caption(
@@ -185,12 +390,69 @@ class TransfusionPipeline(DiffusionPipeline):
         """
         images = list(image) if isinstance(image, list | tuple) else [image]
         rows = [[{"type": "image", "image": one}, {"type": "text", "text": prompt}] for one in images]
-        inputs = self.processor(text=rows, return_tensors="pt").to(self.model.device)
+        self._onload(self.vae)
+        inputs = self.processor(text=rows, return_tensors="pt")
+        self._onload(self.model)
+        inputs = inputs.to(self.model.device)
         written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)
         new = written[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        self.maybe_free_model_hooks()
         is_one = not isinstance(image, list | tuple) and len(texts) == 1
         return TransfusionCaptionOutput(texts[0] if is_one else texts)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: Sequence[Any],
+        max_new_tokens: int = 256,
+        height: int | None = None,
+        width: int | None = None,
+        **kwargs: Any,
+    ) -> TransfusionChatOutput:
+        """Answer a conversation with text and pictures, drawn wherever the model begins one.
+
+        Args:
+            messages: Messages `{"role": ..., "content": ...}`, or a list of such conversations. Content is a string
+                or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+            max_new_tokens: Longest answer; the patches of pictures do not count.
+            height, width: Of the pictures, in pixels; otherwise as the model begins them, or its default.
+            kwargs: Of `generate` (`num_inference_steps`, `guidance_scale`, `generator`, `do_sample`, ...).
+
+        Raises:
+            ValueError: No messages, or what `apply_chat_template` and `generate` refuse.
+        """
+        if not messages:
+            raise ValueError(f"messages={messages!r}; give a list of at least one message.")
+        is_one = isinstance(messages[0], Mapping)
+        if height is not None or width is not None:
+            kwargs["output_image_grids"] = self.grid_of(height, width)
+        self._onload(self.vae)
+        inputs = self.processor.apply_chat_template(
+            [messages] if is_one else messages,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        self._onload(self.model)
+        generated = self.model.generate(
+            **inputs.to(self.model.device),
+            generation_mode="interleaved",
+            max_new_tokens=max_new_tokens,
+            scheduler=self.scheduler,
+            **kwargs,
+        )
+        self._onload(self.vae)
+        rows = self.processor.post_process_multimodal_output(generated)
+        self.maybe_free_model_hooks()
+        return make_chat_output(rows, is_one and len(rows) == 1)
+
+    def _onload(self, module: Any) -> None:
+        """Move a module that `enable_model_cpu_offload` keeps on the CPU; its hook would wait for its `forward`."""
+        for offload in self._all_hooks:
+            if offload.model is module:
+                offload.hook.pre_forward(module)
 
     def encode_sources(self, image: Any, num_prompts: int) -> list[Tensor] | None:
         """The latent (C, h, w) of the picture to edit, for each prompt; None where there is none."""
@@ -201,6 +463,7 @@ class TransfusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"There are {len(pictures)} pictures and {num_prompts} prompts; give one, or one for each prompt."
             )
+        self._onload(self.vae)
         latents = self.processor.encode_images(self.processor.image_processor(pictures)["pixel_values"])
         return latents if len(latents) == num_prompts else latents * num_prompts
 
@@ -223,6 +486,7 @@ class TransfusionPipeline(DiffusionPipeline):
             `input_ids` and `attention_mask` (N, L), and with `sources` `latent_patches` and `image_grids`.
         """
         prompts = list_prompts(prompt)
+        self._onload(self.model)
         if sources is not None and len(sources) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(sources)} pictures; give as many.")
         begin = self.processor.boi_token_for(grid or self.model.config.default_image_grid)
@@ -240,6 +504,13 @@ class TransfusionPipeline(DiffusionPipeline):
             for name in ("latent_patches", "image_grids"):
                 inputs[name] = torch.cat([row[name] for row in encoded]).to(self.model.device)
         return inputs
+
+    def encode_negative(
+        self, prompts: str | Sequence[str], repeats: int, grid: tuple[int, int], sources: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """`negative_input_ids` and `negative_attention_mask` (N, L); their pictures are those of the prompts."""
+        encoded = self.encode_prompt(prompts, repeats, grid, sources)
+        return {f"negative_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
 
     def encode_row(self, prompt: str, source: Tensor | None) -> dict[str, Any]:
         """The ids of a prompt, and of the picture before it if there is one; no ids of nothing."""
@@ -293,6 +564,7 @@ class TransfusionPipeline(DiffusionPipeline):
         if output_type == "latent":
             grid = (int(image_grids[0, 0]), int(image_grids[0, 1]))
             return self.to_latents(torch.cat(list(split_images(latent_patches, image_grids))), grid)
+        self._onload(self.vae)
         pictures = self.processor.decode_images(latent_patches, image_grids)
         if output_type == "pil":
             return pictures
@@ -302,4 +574,13 @@ class TransfusionPipeline(DiffusionPipeline):
         return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-__all__ = ["TransfusionCaptionOutput", "TransfusionPipeline", "TransfusionPipelineOutput"]
+__all__ = [
+    "TransfusionCaptionOutput",
+    "TransfusionChatOutput",
+    "TransfusionPipeline",
+    "TransfusionPipelineOutput",
+    "default_scheduler",
+    "read_model_index",
+    "read_scheduler",
+    "save_pipeline_parts",
+]
