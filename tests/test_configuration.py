@@ -102,6 +102,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"size_token_grids": [(4, 4)], "size_token_ids": [[5]]}, ["size_token_ids=[[5]]", "list of ids"]),
     ({"size_token_grids": [(4, 4)], "size_token_ids": [2]}, ["size_token_ids=[2]", "none of"]),
     ({"boi_token_id": 2}, ["boi_token_id", "none of the ids that begin, end or pad texts: [2]"]),
+    ({"hidden_act": "foo"}, ["hidden_act='foo'", "'gelu' or", "'silu'"]),
     ({"hiden_size": 64}, ["hiden_size=64", "did you mean hidden_size"]),
     ({"completely_unknown": 1}, ["completely_unknown=1", "not a field"]),
 ]
@@ -171,3 +172,24 @@ def test_every_projection_of_a_layer_has_a_tensor_parallel_rule_and_every_rule_a
     projections = {f"layers.*.{name}" for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
     assert set(config.base_model_tp_plan) == projections
     assert "tp_plan" not in config.to_json_string()
+
+
+def test_a_field_named_at_loading_is_there_when_the_others_follow(tmp_path: Path) -> None:
+    """As if the config had been made with it: what depends on it is filled in and checked."""
+    TransfusionConfig(qk_norm=True).save_pretrained(tmp_path)
+    loaded = TransfusionConfig.from_pretrained(tmp_path, patch_codec="unet", modality_experts="all")
+    made = TransfusionConfig(qk_norm=True, patch_codec="unet", modality_experts="all")
+    assert loaded.unet_channels == made.unet_channels is not None
+    assert loaded.base_model_tp_plan == made.base_model_tp_plan
+    with pytest.raises(ValueError, match="num_key_value_heads=5"):
+        TransfusionConfig.from_pretrained(tmp_path, num_key_value_heads=5)
+
+
+def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
+    """An attribute that is no field may be set, but stays behind: a load would refuse it."""
+    config = TransfusionConfig()
+    config.hidden_size = 1536
+    config.layer_norm_eps = 1.0
+    config.save_pretrained(tmp_path)
+    loaded = TransfusionConfig.from_pretrained(tmp_path)
+    assert loaded.hidden_size == 1536 and not hasattr(loaded, "layer_norm_eps")

@@ -12,6 +12,7 @@ from transfusion.latents import (
     grid_coordinates,
     image_block_ids,
     patch_image_index,
+    patch_places,
     patchify,
     split_images,
     unpatchify,
@@ -167,3 +168,10 @@ def test_grid_coordinates_are_in_reading_order(grid: tuple[int, int]) -> None:
     coordinates = grid_coordinates(grid)
     assert coordinates.dtype == torch.long
     assert coordinates.tolist() == [[row, column] for row in range(rows) for column in range(columns)]
+
+
+def test_places_of_patches() -> None:
+    mask = torch.rand(3, 7) < 0.5
+    places = [row * 7 + position for row in range(3) for position in range(7) if mask[row, position]]
+    assert patch_places(mask, len(places)).tolist() == places
+    assert patch_places(torch.zeros(2, 3, dtype=torch.bool), 0).tolist() == []

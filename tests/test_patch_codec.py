@@ -86,7 +86,7 @@ def test_the_encoder_adds_timestep_and_place_to_each_patch(axial_positions: bool
         expected = encoder.proj.weight @ patch + encoder.proj.bias
         expected = expected + second.weight @ (first * torch.sigmoid(first)) + second.bias
         if axial_positions:
-            rows, columns = (axis(3) for axis in encoder.position_embed.axes)
+            rows, columns = (axis(torch.arange(3)) for axis in encoder.position_embed.axes)
             expected = expected + rows[row] + columns[column]
         torch.testing.assert_close(vector, expected)
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from tests.tiny import document, make_batch, tiny_config, tiny_model
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
@@ -190,3 +191,14 @@ def test_a_picture_of_top_and_bottom_is_learnt_where_positions_tell_them_apart()
     assert abs(blind) < 0.2
     assert 0.8 < axial < 1.2
     assert 0.8 < rotary < 1.2
+
+
+def test_places_compile_into_one_graph() -> None:
+    """Of any number and size; there each place runs through the networks, in place of a table of each axis."""
+    torch._dynamo.reset()
+    embedding, counter = ContinuousAxialPositionalEmbedding(8).double(), CompileCounter()
+    compiled = torch.compile(embedding.at, fullgraph=True, backend=counter, dynamic=True)
+    for rows, columns in ((2, 3), (7, 2), (5, 40)):
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        torch.testing.assert_close(compiled(places), embedding.at(places))
+    assert counter.frame_count == 1

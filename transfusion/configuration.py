@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 
@@ -183,8 +184,7 @@ class TransfusionConfig(PreTrainedConfig):
         self.default_image_grid = (rows, columns)
         if self.patch_codec == "unet" and self.unet_channels is None:
             self.unet_channels = _small_unet_channels(self.hidden_size, self.patch_size)
-        if self.modality_experts is not None:
-            self.base_model_tp_plan = {**self.base_model_tp_plan, **_EXPERT_TP_PLANS[self.modality_experts]}
+        self.base_model_tp_plan = {**self.base_model_tp_plan, **_optional_tp_plan(self.modality_experts, self.qk_norm)}
         super().__post_init__(**kwargs)
         self._check_architecture()
 
@@ -225,16 +225,30 @@ class TransfusionConfig(PreTrainedConfig):
         tokens = zip(self.size_token_ids or (), self.size_token_grids or (), strict=True)
         return {token: (rows, columns) for token, (rows, columns) in tokens}.get(token_id)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for any config, but fields in `kwargs` replace those of the dict before anything follows from them."""
+        replaced = {name: kwargs.pop(name) for name in tuple(kwargs) if name in TransfusionConfig.__annotations__}
+        return super().from_dict({**config_dict, **replaced}, **kwargs)
+
     def validate(self) -> None:
         """Check every field again; transformers calls this before it saves a config."""
         super().validate()
         self._check_numbers()
         self._check_architecture()
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        fields = set(self.__dataclass_fields__)
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: without attributes set later that are no fields, which no load would accept."""
+        known = self._known_names()
+        return {name: value for name, value in super().to_dict().items() if name in known}
+
+    def _known_names(self) -> frozenset[str]:
+        fields = frozenset(self.__dataclass_fields__)
         # Generation settings are dropped by transformers itself, with its own message when they are saved.
-        known = fields | _TRANSFORMERS_KEYS | set(self._get_generation_defaults())
+        return fields | _TRANSFORMERS_KEYS | frozenset(self._get_generation_defaults())
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        fields, known = set(self.__dataclass_fields__), self._known_names()
         for name, value in kwargs.items():
             if name not in known:
                 close = difflib.get_close_matches(name, fields, n=3)
@@ -267,6 +281,7 @@ class TransfusionConfig(PreTrainedConfig):
             "modality_experts": (None, *MODALITY_EXPERTS),
             "objective": OBJECTIVES,
             "timestep_density": TIMESTEP_DENSITIES,
+            "hidden_act": tuple(ACT2FN),
         }
         for name, values in choices.items():
             _check(self, name, values.__contains__, " or ".join(map(repr, values)))
@@ -354,6 +369,7 @@ _FFN_TP_PLAN = {
     "layers.*.image_mlp.down_proj": "rowwise",
 }
 _EXPERT_TP_PLANS = {
+    None: {},
     "ffn": _FFN_TP_PLAN,
     "all": {
         **_FFN_TP_PLAN,
@@ -363,6 +379,16 @@ _EXPERT_TP_PLANS = {
         "layers.*.self_attn.image_o_proj": "rowwise",
     },
 }
+
+
+def _optional_tp_plan(modality_experts: str | None, qk_norm: bool) -> dict[str, str]:
+    """The tensor-parallel plan of the modules that only some configs have."""
+    norms = ("q_norm", "k_norm", "image_q_norm", "image_k_norm")[: 4 if modality_experts == "all" else 2]
+    # Every process norms its own heads, with the weight that all have.
+    norm_plan = {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms if qk_norm}
+    return {**_EXPERT_TP_PLANS[modality_experts], **norm_plan}
+
+
 _POSITIVE_INTEGERS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings "
     "latent_channels patch_size num_train_timesteps num_residual_streams unet_layers_per_block"

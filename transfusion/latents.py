@@ -138,6 +138,14 @@ def image_block_ids(input_ids: Tensor, image_token_id: int) -> Tensor:
     return (is_first.cumsum(dim=1) - 1).masked_fill(~is_patch, -1)
 
 
+def patch_places(image_mask: Tensor, num_patches: int) -> Tensor:
+    """(P,): where the `num_patches` patches stand in the rows of `image_mask` (B, L) laid end to end.
+
+    As `nonzero`, without waiting for the device; nothing checks here that there are as many.
+    """
+    return torch.nonzero_static(image_mask.flatten(), size=num_patches).squeeze(1)
+
+
 def grid_coordinates(grid: tuple[int, int]) -> Tensor:
     """(row, column) of each patch of a `grid` of (rows, columns), in reading order: (rows * columns, 2) long."""
     rows, columns = grid
@@ -157,6 +165,7 @@ __all__ = [
     "image_block_ids",
     "patch_coordinates",
     "patch_image_index",
+    "patch_places",
     "patchify",
     "split_images",
     "unpatchify",

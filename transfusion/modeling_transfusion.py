@@ -1,3 +1,4 @@
+# trf-ignore: TRF028 - the licence of all files stands in LICENSE.
 """The Transfusion model: one Llama-style transformer over text tokens and image patches (arXiv:2408.11039).
 
 Shapes: B rows, L positions, V vocabulary, H hidden_size, N images of the whole batch in reading order,
@@ -6,7 +7,7 @@ P patches of all of them, D = latent_channels * patch_size**2.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -31,34 +31,18 @@ from .experts import Modalities, by_modality, find_modalities
 from .generation import TransfusionGenerationMixin
 from .hyper_connections import add_branch, expand_streams, make_connection, reduce_streams
 from .inputs import check_inputs, images_without_prior_text, learned_labels
-from .latents import image_block_ids, patch_image_index
+from .latents import image_block_ids, patch_places
+from .losses import UNLEARNED, mean_cross_entropy, noise_images
+from .outputs import TransfusionModelOutput, TransfusionOutput
 from .patch_codec import make_patch_decoder, make_patch_encoder
 from .positions import TransfusionRotaryEmbedding, apply_rotary_pos_emb, patch_position_ids
+from .sharing import SharedModel
 from .warm_start import config_from_text_config, freeze_text_tower, load_text_model, load_text_weights
 
 
-@dataclass
-class TransfusionOutput(ModelOutput):
-    """What `TransfusionForMultimodalGeneration` returns.
-
-    Attributes:
-        loss: `text_loss + image_loss_weight * image_loss` (paper, equation 4), where something is learned.
-        text_loss: Mean cross-entropy of the next token, over the tokens that are learned.
-        image_loss: Mean squared error of the noise (or velocity), over the elements of the images that are learned.
-        logits: (B, L, V), or fewer positions by `logits_to_keep`; None with `skip_logits`.
-        image_prediction: (P, D), the predicted noise (`ddpm`) or velocity (`flow`), where timesteps are known.
-        past_key_values: The cache, with `use_cache`.
-        hidden_states, attentions: Per layer, on request; (B, L, n, H) with n residual streams.
-    """
-
-    loss: Tensor | None = None
-    text_loss: Tensor | None = None
-    image_loss: Tensor | None = None
-    logits: Tensor | None = None
-    image_prediction: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+# mlinter, transformers' linter of model files: these fields are options of every config, of no particular checkpoint.
+# trf-ignore: TRF041 qk_norm modality_experts image_attention image_rope
+# And TRF057 is ignored below, as these docstrings are written, while @auto_docstring generates them.
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -112,7 +96,8 @@ class TransfusionAttention(nn.Module):
 
     def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.head_dim is not None and config.num_key_value_heads is not None  # the config fills them in
+        # trf-ignore: TRF027 - for type checkers; the config fills them in
+        assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -196,6 +181,7 @@ class TransfusionDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TransfusionConfig, layer_idx: int) -> None:
         super().__init__()
+        self.num_new_streams = config.num_residual_streams if layer_idx == 0 else 1
         self.self_attn = TransfusionAttention(config, layer_idx)
         self.mlp = TransfusionMLP(config)
         self.input_layernorm = TransfusionRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -222,7 +208,8 @@ class TransfusionDecoderLayer(GradientCheckpointingLayer):
         modalities: Modalities | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Update `hidden_states` (B, L, H), or (B, L, n, H) with n residual streams."""
+        """Update `hidden_states` (B, L, H), or (B, L, n, H) with n residual streams, which the first layer makes."""
+        hidden_states = expand_streams(hidden_states, self.num_new_streams)
         branch, residual, output_weights = self.attn_connection(hidden_states)
         branch, _ = self.self_attn(
             by_modality(branch, modalities, self.input_layernorm, self.image_input_layernorm),
@@ -243,14 +230,22 @@ class TransfusionDecoderLayer(GradientCheckpointingLayer):
 _SELF_INITIALISED = ("StaticHyperConnection", "DynamicHyperConnection", "ManifoldHyperConnection")
 
 
-class TransfusionPreTrainedModel(PreTrainedModel):
+# trf-ignore: TRF057
+class TransfusionPreTrainedModel(SharedModel, PreTrainedModel):
     """Loading, saving, initialisation and the flags by which transformers treats the model."""
 
     config: TransfusionConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransfusionDecoderLayer", "UNetPatchEncoder", "UNetPatchDecoder"]
+    _no_split_modules = [
+        "TransfusionDecoderLayer",
+        "LinearPatchEncoder",
+        "LinearSkipPatchEncoder",
+        "LinearSkipPatchDecoder",
+        "UNetPatchEncoder",
+        "UNetPatchDecoder",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     # Flash attention takes no mask, so image blocks would silently turn causal.
     _supports_flash_attn = False
@@ -259,6 +254,19 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TransfusionDecoderLayer, "attentions": TransfusionAttention}
+
+    def _replicate_for_data_parallel(self) -> "TransfusionPreTrainedModel":
+        """Refuse `nn.DataParallel`, which cuts each input into equal parts: patches of all rows lie in one."""
+        raise ValueError(
+            "nn.DataParallel cannot divide latent_patches (P, D) among devices row by row. Use "
+            "DistributedDataParallel: start the script with torchrun or accelerate launch, one process a device."
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong. Weights that are offloaded, to disk for example, are on no device until their turn."""
+        tensors = chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("meta"))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -309,15 +317,11 @@ def transfusion_mask(
     return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, block_sequence_ids=block_ids)
 
 
-@dataclass
-class TransfusionModelOutput(BaseModelOutputWithPast):
-    """What `TransfusionModel` returns: hidden states, the cache, and what the patch decoder needs of the encoder."""
-
-    patch_skips: Any = None
-
-
+# trf-ignore: TRF057
 class TransfusionModel(TransfusionPreTrainedModel):
     """The transformer without its heads: token ids and noisy patches in, hidden states out."""
+
+    _keep_in_fp32_modules = ["patch_encoder"]  # as the whole model's patch codec
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
@@ -338,10 +342,12 @@ class TransfusionModel(TransfusionPreTrainedModel):
         """(B, L), True where a patch stands; with `inputs_embeds` alone, where the placeholder's embedding does."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None  # forward refuses neither
+        # trf-ignore: TRF027 - for type checkers; forward refuses neither
+        assert inputs_embeds is not None
         placeholder = self.embed_tokens(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
+    # trf-ignore: TRF057
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -393,9 +399,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             image_mask = self.get_image_mask(input_ids, inputs_embeds)
             if timesteps is None:
                 timesteps = latent_patches.new_zeros(image_grids.shape[0])
-            patch_embeds, patch_skips = self.patch_encoder(
-                latent_patches.to(inputs_embeds.dtype), timesteps, image_grids
-            )
+            patch_embeds, patch_skips = self.patch_encoder(latent_patches, timesteps, image_grids)
             patch_embeds = patch_embeds.to(inputs_embeds.dtype).repeat(patch_repeats, 1)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask[..., None], patch_embeds)
             if self.config.image_rope == "2d":
@@ -408,7 +412,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         mask = transfusion_mask(self.config, inputs_embeds, attention_mask, past_key_values, image_mask)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        hidden_states = expand_streams(inputs_embeds, self.config.num_residual_streams)
+        hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -426,36 +430,17 @@ class TransfusionModel(TransfusionPreTrainedModel):
         )
 
 
-@dataclass(frozen=True)
-class NoisyImages:
-    """The images of a training step: what the model sees, and what it is to predict.
+class TransfusionKwargs(TransformersKwargs):
+    """Further keywords of the whole model's `forward`.
 
-    Attributes:
-        patches: (P, D), noised where `is_learned`, clean elsewhere.
-        timesteps: (N,), 0 for clean images.
-        target: (P, D), the noise (`ddpm`) or the velocity (`flow`).
-        is_learned: (P,), True where the patch has a loss.
+    `noise` is no parameter of its own, since transformers' test suites take one of this name for the noise of masked
+    autoencoders, which has another shape.
     """
 
-    patches: Tensor
-    timesteps: Tensor
-    target: Tensor
-    is_learned: Tensor
-
-    def loss(self, prediction: Tensor, num_patches: Tensor | int | None = None) -> Tensor:
-        """Squared error of `prediction` (P, D), a mean over the elements of `num_patches` patches (default: these)."""
-        error = (prediction.float() - self.target.float()).square().sum(-1)
-        if num_patches is None:
-            num_patches = self.is_learned.sum().clamp(min=1)
-        return torch.where(self.is_learned, error, 0.0).sum() / (num_patches * prediction.shape[-1])
+    noise: Tensor | None
 
 
-def mean_cross_entropy(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:
-    """Float32 cross-entropy of `logits` (T, V) at `targets` (T,), summed and divided by `num_targets` (default T)."""
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / (max(targets.numel(), 1) if num_targets is None else num_targets)
-
-
+# trf-ignore: TRF057 - trf-ignore: TRF015 - the config, with its tie_word_embeddings, is in configuration.py
 class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, TransfusionGenerationMixin):
     """Transfusion with its two heads: it writes, and it draws.
 
@@ -477,7 +462,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         image_grids: (N, 2), their rows and columns of patches.
         timesteps: (N,) noise levels: for `ddpm` integers 0..999 as diffusers' `add_noise` takes them, for `flow`
             floats in [0, 1000]. Given ones are never capped.
-        noise: (P, D), standard normal.
+        noise: (P, D), standard normal; by keyword.
         image_loss_mask: (N,), False for an image that is context only: fed clean, without a loss.
         labels: (B, L), `input_ids` with -100 where nothing is to be learned; shifted inside.
         use_cache: Whether to return `past_key_values`.
@@ -489,6 +474,8 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         num_image_items_in_batch: Patches with a loss in the whole optimizer step, likewise.
     """
 
+    # Not quantized either, by any method, and left in float32 where the checkpoint is loaded in float16.
+    _keep_in_fp32_modules = ["model.patch_encoder", "patch_decoder"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -537,6 +524,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         """The noise process of the config's objective."""
         return noise_process_of(self.config)
 
+    # trf-ignore: TRF057
     @can_return_tuple
     def forward(
         self,
@@ -548,7 +536,6 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         latent_patches: Tensor | None = None,
         image_grids: Tensor | None = None,
         timesteps: Tensor | None = None,
-        noise: Tensor | None = None,
         image_loss_mask: Tensor | None = None,
         labels: Tensor | None = None,
         patch_repeats: int = 1,
@@ -557,7 +544,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         num_image_items_in_batch: Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransfusionKwargs],
     ) -> TransfusionOutput:
         """Predict the next tokens and the noise of the images, and both losses; the class says what is what.
 
@@ -565,7 +552,18 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
                 width, values that are not finite, timesteps outside the schedule.
         """
-        self._check(past_key_values, input_ids, latent_patches, image_grids, timesteps, noise, image_loss_mask)
+        noise = kwargs.pop("noise", None)
+        self._check(
+            past_key_values,
+            input_ids,
+            inputs_embeds,
+            latent_patches,
+            image_grids=image_grids,
+            timesteps=timesteps,
+            noise=noise,
+            image_loss_mask=image_loss_mask,
+        )
+        has_images = latent_patches is not None
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
@@ -573,7 +571,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         images = None
         if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
             timesteps = self.draw_timesteps(image_grids, input_ids, attention_mask) if timesteps is None else timesteps
-            images = self.add_noise(latent_patches, image_grids, timesteps, noise, image_loss_mask)
+            images = noise_images(self.noise_process, latent_patches, image_grids, timesteps, noise, image_loss_mask)
             latent_patches, timesteps = images.patches, images.timesteps
 
         outputs = self.model(
@@ -594,10 +592,10 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if not skip_logits:
             logits = self.lm_head(hidden_states[:, kept])
-        if timesteps is not None and image_grids is not None:
+        if latent_patches is not None and timesteps is not None and image_grids is not None:
             image_mask = self.model.get_image_mask(input_ids, inputs_embeds)
             image_prediction = self.patch_decoder(
-                hidden_states[image_mask],
+                hidden_states.flatten(0, 1)[patch_places(image_mask, patch_repeats * latent_patches.shape[0])],
                 outputs.patch_skips,
                 timesteps.repeat(patch_repeats),
                 image_grids.repeat(patch_repeats, 1),
@@ -606,69 +604,70 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             image_loss = images.loss(image_prediction, num_image_items_in_batch)
             loss = self.config.image_loss_weight * image_loss
         if labels is not None:
-            text_loss = self.text_loss(hidden_states, input_ids, labels, num_items_in_batch)
+            shift_labels = kwargs.get("shift_labels")
+            text_loss = self.text_loss(hidden_states, input_ids, labels, num_items_in_batch, shift_labels)
             loss = text_loss + loss
         return TransfusionOutput(
             loss=loss,
             text_loss=text_loss,
             image_loss=image_loss,
             logits=logits,
-            image_prediction=image_prediction,
+            image_prediction=image_prediction if has_images else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def _check(
-        self, past_key_values: Cache | None, input_ids: Tensor | None, latent_patches: Tensor | None, *images: Any
+        self,
+        past_key_values: Cache | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        latent_patches: Tensor | None,
+        timesteps: Tensor | None,
+        **images: Tensor | None,
     ) -> None:
         """Check inputs that are new: tokens after a cache, and denoising steps against it, have been checked."""
-        _, timesteps, *_ = images
+        if torch.compiler.is_compiling():
+            return
         is_committed = latent_patches is not None and timesteps is None
         is_new = past_key_values is None or is_committed or bool(past_key_values.get_seq_length() == 0)
-        if torch.compiler.is_compiling() or not is_new:
+        if not is_new:
             return
-        check_inputs(self.config, input_ids, latent_patches, *images)
+        if input_ids is None and inputs_embeds is not None and latent_patches is not None:
+            is_patch = self.model.get_image_mask(None, inputs_embeds)
+            input_ids = torch.where(is_patch, self.config.image_token_id, self.config.eoi_token_id)
+        check_inputs(self.config, input_ids, latent_patches, timesteps=timesteps, **images)
         if timesteps is not None:
             self.noise_process.validate_timesteps(timesteps)
 
     def text_loss(
-        self, hidden_states: Tensor, input_ids: Tensor | None, labels: Tensor, num_targets: Tensor | int | None
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        num_targets: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of the next token, from `hidden_states` (B, L, H) at the positions that are learned."""
+        """Mean cross-entropy of the next token, from `hidden_states` (B, L, H) at the positions that are learned.
+
+        `shift_labels` (B, L) are next tokens already, as sequence parallelism gives them; then `labels` do not count.
+        """
+        if shift_labels is not None:
+            labels = F.pad(shift_labels, (1, 0))
+            input_ids = None if input_ids is None else F.pad(input_ids, (0, 1))
         targets = learned_labels(input_ids, labels, self.config)
-        is_target = targets != -100
-        return mean_cross_entropy(self.lm_head(hidden_states[:, :-1][is_target]), targets[is_target], num_targets)
+        hidden_states = hidden_states[:, : targets.shape[1]]
+        if not torch.compiler.is_compiling():  # a compiled graph has no shape that depends on values
+            is_target = targets != UNLEARNED
+            hidden_states, targets = hidden_states[is_target], targets[is_target]
+        return mean_cross_entropy(self.lm_head(hidden_states).flatten(0, -2), targets.flatten(), num_targets)
 
     def draw_timesteps(self, image_grids: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Draw a timestep for each image, up to `noise_limit` where no text precedes it (section 4.3.4)."""
-        uniform = torch.rand(image_grids.shape[0], device=self.device)
+        uniform = torch.rand(image_grids.shape[0], device=image_grids.device)
         capped = None if input_ids is None else images_without_prior_text(input_ids, attention_mask, self.config)
         return self.noise_process.timestep_from_uniform(uniform, capped)
-
-    def add_noise(
-        self,
-        latent_patches: Tensor,
-        image_grids: Tensor,
-        timesteps: Tensor,
-        noise: Tensor | None,
-        image_loss_mask: Tensor | None,
-    ) -> NoisyImages:
-        """Noise the clean `latent_patches` (P, D) to `timesteps` (N,), except images without a loss."""
-        noise = torch.randn_like(latent_patches) if noise is None else noise
-        image_index = patch_image_index(image_grids, latent_patches.shape[0])
-        is_learned = torch.ones_like(image_index, dtype=torch.bool)
-        if image_loss_mask is not None:
-            is_learned = image_loss_mask.to(timesteps.device)[image_index]
-            timesteps = timesteps.masked_fill(~image_loss_mask.to(timesteps.device), 0)
-        patch_timesteps = timesteps[image_index]
-        noisy_patches = self.noise_process.add_noise(latent_patches, noise, patch_timesteps)
-        return NoisyImages(
-            patches=torch.where(is_learned[:, None], noisy_patches, latent_patches),
-            timesteps=timesteps,
-            target=self.noise_process.target(latent_patches, noise, patch_timesteps),
-            is_learned=is_learned,
-        )
 
 
 __all__ = [

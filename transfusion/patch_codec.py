@@ -38,6 +38,11 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """What `layer` computes in: the dtype of its bias, as a quantized weight holds integers."""
+    return layer.bias.dtype
+
+
 class LinearPatchEncoder(nn.Module):
     """Noisy patches and their image's timestep -> hidden vectors that enter the transformer.
 
@@ -58,6 +63,7 @@ class LinearPatchEncoder(nn.Module):
         Returns:
             Hidden vectors (P, H), and None: there are no skip connections.
         """
+        latent_patches = latent_patches.to(dtype_of(self.proj))
         image_index = patch_image_index(image_grids, latent_patches.shape[0])
         hidden_states = self.proj(latent_patches) + self.time_embed(timesteps, latent_patches.dtype)[image_index]
         if self.position_embed is not None:
@@ -74,7 +80,7 @@ class LinearPatchDecoder(nn.Module):
 
     def forward(self, hidden_states: Tensor, skips: None, timesteps: Tensor, image_grids: Tensor) -> Tensor:
         """Decode `hidden_states` (R * P, H) to (R * P, D); the rest is for codecs that mix patches."""
-        return self.proj(hidden_states)
+        return self.proj(hidden_states.to(dtype_of(self.proj)))
 
 
 class LinearSkipPatchEncoder(LinearPatchEncoder):
@@ -101,6 +107,7 @@ class LinearSkipPatchDecoder(nn.Module):
 
     def forward(self, hidden_states: Tensor, skips: Tensor, timesteps: Tensor, image_grids: Tensor) -> Tensor:
         """Decode `hidden_states` (R * P, H) beside the noisy patches `skips` (P, D) to (R * P, D)."""
+        hidden_states = hidden_states.to(dtype_of(self.proj))
         image_index = patch_image_index(image_grids, hidden_states.shape[0])
         noisy_patches = skips.repeat(len(hidden_states) // max(len(skips), 1), 1)
         return self.proj(hidden_states) + self.skip_scale(timesteps, hidden_states.dtype)[image_index] * noisy_patches
@@ -146,6 +153,7 @@ class UNetPatchEncoder(nn.Module):
         if len(image_grids) == 0:
             encoded, skips = self.forward(*blank_image(latent_patches, timesteps, image_grids))
             return encoded[:0], skips
+        latent_patches = latent_patches.to(dtype_of(self.proj))
         time_vectors = self.time_embed(timesteps, latent_patches.dtype)
         groups = group_by_grid(image_grids)
         hidden_states, skips = [], []
@@ -205,6 +213,7 @@ class UNetPatchDecoder(nn.Module):
         if len(image_grids) == 0:
             hidden_states, timesteps, image_grids = blank_image(hidden_states, timesteps, image_grids)
             return self.forward(hidden_states, skips, timesteps, image_grids)[:0]
+        hidden_states = hidden_states.to(dtype_of(self.proj))
         time_vectors = self.time_embed(timesteps, hidden_states.dtype)
         groups = group_by_grid(image_grids)
         predictions = []
@@ -217,7 +226,7 @@ class UNetPatchDecoder(nn.Module):
     def up(self, hidden_states: Tensor, activations: tuple[Tensor, ...], time_vectors: Tensor) -> Tensor:
         """(R * n, channels[-1], rows, columns) and activations of n images -> the prediction (R * n, C, h, w)."""
         branches = len(hidden_states) // len(activations[0])
-        skips = [activation.repeat(branches, 1, 1, 1) for activation in activations]
+        skips = [activation.to(hidden_states.dtype).repeat(branches, 1, 1, 1) for activation in activations]
         for block in self.up_blocks:
             skips, block_skips = skips[: -self.skips_per_block], tuple(skips[-self.skips_per_block :])
             hidden_states = block(hidden_states, block_skips, time_vectors)

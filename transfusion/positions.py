@@ -58,6 +58,14 @@ class TransfusionRotaryEmbedding(nn.Module):
         rope_parameters: Any = config.rope_parameters
         return rope_parameters["rope_theta"] ** -exponents, 1.0
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransfusionRotaryEmbedding":
+        """Move as any module does, but never cast: bfloat16 frequencies would turn position 1000 by radians."""
+        before = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        if not self.inv_freq.is_meta and not before[0].is_meta:
+            self.inv_freq, self.original_inv_freq = (tensor.to(self.inv_freq.device) for tensor in before)
+        return self
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,9 +122,8 @@ class AxisEmbedding(nn.Module):
         self.linear_1 = nn.Linear(AXIS_FREQUENCY_DIM, dim)
         self.linear_2 = nn.Linear(dim, dim)
 
-    def forward(self, length: int) -> Tensor:
-        """Embed the coordinates 0 .. `length` - 1: (length, dim)."""
-        coordinates = torch.arange(length, device=self.linear_1.weight.device)
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Embed whole `coordinates` (n,) of 0 or more: (n, dim)."""
         features = sinusoids(coordinates, AXIS_FREQUENCY_DIM, max_period=1000.0).to(self.linear_1.bias.dtype)
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
@@ -146,14 +153,20 @@ class ContinuousAxialPositionalEmbedding(nn.Module):
         if len(sizes) != len(self.axes):
             raise ValueError(f"sizes={tuple(sizes)} has {len(sizes)} axes; this embedding has {len(self.axes)}.")
         shapes = [[-1 if a == axis else 1 for a in range(len(sizes))] for axis in range(len(sizes))]
-        tables = [axis(int(size)) for axis, size in zip(self.axes, sizes, strict=True)]
+        device = next(self.parameters()).device
+        tables = [axis(torch.arange(int(size), device=device)) for axis, size in zip(self.axes, sizes, strict=True)]
         return [table.reshape(*shape, table.shape[-1]) for table, shape in zip(tables, shapes, strict=True)]
 
     def at(self, coordinates: Tensor) -> Tensor:
         """Embed `coordinates` (P, axes), whole numbers of 0 or more: (P, dim)."""
+        places = coordinates.unbind(dim=1)
+        # A table per axis is less work, but its length depends on values, which neither graphs nor meta tensors have.
+        if torch.compiler.is_compiling() or coordinates.is_meta:
+            return torch.stack([axis(place) for axis, place in zip(self.axes, places, strict=True)]).sum(0)
         sizes = (coordinates.amax(dim=0) + 1).tolist() if len(coordinates) else [1] * len(self.axes)
-        tables = [axis(size) for axis, size in zip(self.axes, sizes, strict=True)]
-        return torch.stack([table[place] for table, place in zip(tables, coordinates.T, strict=True)]).sum(0)
+        lengths = [torch.arange(size, device=coordinates.device) for size in sizes]
+        tables = [axis(length) for axis, length in zip(self.axes, lengths, strict=True)]
+        return torch.stack([table[place] for table, place in zip(tables, places, strict=True)]).sum(0)
 
 
 __all__ = [
