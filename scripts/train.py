@@ -12,17 +12,15 @@ captions.md and evaluation.json.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
-import typing
 from pathlib import Path
 
 from rich.logging import RichHandler
 
 from transfusion import TransfusionPipeline
 from transfusion.evaluation import EvaluationSettings, evaluate_demo
-from transfusion.training.recipes import DEMO_MINUTES, DemoRecipe, train_demo
+from transfusion.training.recipes import DEMO_MINUTES, DemoRecipe, Recipe, train_demo
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "demo",
         help="a small model from scratch",
         description=DemoRecipe.__doc__,
+        epilog=Recipe.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.add_argument("--output_dir", type=Path, required=True, help="folder for the model and all else")
@@ -41,29 +40,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--max_minutes", type=float, help=f"minutes of training; {DEMO_MINUTES:g} without")
     length.add_argument("--max_steps", type=int, help="steps of training, instead of minutes")
     demo.add_argument("--sample_every", type=int, default=500, help="steps between two sample sheets; 500 without")
-    for field in dataclasses.fields(DemoRecipe):
-        add_setting(demo, field)
+    DemoRecipe.add_options(demo)
     return parser.parse_args(argv)
-
-
-def add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """Adds the option of one field of a recipe."""
-    help_text = f"{field.default} without"
-    kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)] or [field.type]
-    if kinds == [bool]:
-        parser.add_argument(
-            f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=help_text
-        )
-        return
-    parser.add_argument(f"--{field.name}", type=kinds[0], default=field.default, help=help_text)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains what the command names."""
-    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(DemoRecipe)}
     minutes = DEMO_MINUTES if args.max_minutes is None and args.max_steps is None else args.max_minutes
-    recipe = DemoRecipe(**settings)
-    trainer = train_demo(args.output_dir, recipe, args.data, minutes, args.max_steps, args.sample_every)
+    trainer = train_demo(
+        args.output_dir, DemoRecipe.from_options(args), args.data, minutes, args.max_steps, args.sample_every
+    )
     if args.data is None and trainer.is_world_process_zero():
         evaluation = EvaluationSettings(
             num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, seed=args.seed

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,13 @@ def batch() -> dict[str, Tensor]:
 def generator() -> Callable[[int], torch.Generator]:
     """Seeded generators."""
     return lambda seed: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that README, guides and notebook assume; copy it before writing into it."""
+    from tests.workplace import make_workplace  # here, for the seconds that its imports take
+
+    folder = tmp_path_factory.mktemp("workplace")
+    make_workplace(folder)
+    return folder

@@ -1,11 +1,15 @@
 """Recipes: whole trainings with settings that are known to work."""
 
+import argparse
+import dataclasses
 import logging
 import os
 import time
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -13,9 +17,9 @@ from transformers import TrainingArguments, set_seed
 from ..configuration import PRESETS, TransfusionConfig
 from ..data import load_emoji, load_glosses, load_tokenizer, load_vae, read_image_folder
 from ..data.pictures import CaptionedPicture
-from ..diffusion import make_scheduler
 from ..image_processing import TransfusionImageProcessor
 from ..modeling_transfusion import TransfusionForMultimodalGeneration
+from ..pipeline import save_pipeline_parts
 from ..processing import TransfusionProcessor
 from .collator import TransfusionDataCollator
 from .latent_cache import encode_pictures
@@ -41,18 +45,14 @@ DEMO_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class DemoRecipe:
-    """Settings of the demo: the preset `demo` from scratch, on the shipped emoji and definitions.
+class Recipe:
+    """Settings of every recipe.
 
     Attributes:
-        image_size: Side of the pictures in pixels.
-        objective: `"flow"` or `"ddpm"`.
         batch_size: Rows per step, over all processes.
-        learning_rate, weight_decay, adam_beta2, max_grad_norm: Of Muon and AdamW.
+        weight_decay: Of weight matrices.
+        max_grad_norm: Longer gradients are scaled down to it.
         warmup: Share of the training in which the learning rate rises; then it falls along a cosine.
-        ema_decay: Of the averaged weights.
-        text_ratio: Definitions per picture in an epoch.
-        max_text_tokens: Longer definitions are left out; beside short captions they would be mostly padding.
         caption_first: Share of the pictures that come after their caption.
         text_dropout: Share of the captions that are hidden, for guidance.
         bf16: Compute in bfloat16; by default where that measures faster.
@@ -60,23 +60,53 @@ class DemoRecipe:
         seed: Of everything.
     """
 
-    image_size: int = 64
-    objective: str = "flow"
     batch_size: int = 64
-    learning_rate: float = 4e-3
     weight_decay: float = 0.0
-    adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     warmup: float = 0.03
-    ema_decay: float = 0.999
-    text_ratio: float = 0.25
-    max_text_tokens: int = 28
     caption_first: float = 0.7
     text_dropout: float = 0.1
     bf16: bool | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Add an option for each setting to the command line of a script."""
+        for setting in dataclasses.fields(cls):
+            kinds = [kind for kind in typing.get_args(setting.type) if kind is not type(None)] or [setting.type]
+            kind: Any = {"action": argparse.BooleanOptionalAction} if kinds == [bool] else {"type": kinds[0]}
+            parser.add_argument(
+                f"--{setting.name}", default=setting.default, help=f"{setting.default} without", **kind
+            )
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> Self:
+        """The settings that the command line named."""
+        return cls(**{setting.name: getattr(args, setting.name) for setting in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class DemoRecipe(Recipe):
+    """Settings of the demo: the preset `demo` from scratch, on the shipped emoji and definitions.
+
+    Attributes:
+        image_size: Side of the pictures in pixels.
+        objective: `"flow"` or `"ddpm"`.
+        learning_rate, adam_beta2: Of Muon and AdamW.
+        ema_decay: Of the averaged weights.
+        text_ratio: Definitions per picture in an epoch.
+        max_text_tokens: Longer definitions are left out; beside short captions they would be mostly padding.
+    """
+
+    image_size: int = 64
+    objective: str = "flow"
+    learning_rate: float = 4e-3
+    adam_beta2: float = 0.95
+    ema_decay: float = 0.999
+    text_ratio: float = 0.25
+    max_text_tokens: int = 28
 
 
 def bf16_is_faster() -> bool:
@@ -148,20 +178,20 @@ def short_texts(recipe: DemoRecipe, processor: TransfusionProcessor, texts: list
     return [text for text, length in zip(texts, lengths, strict=True) if length <= recipe.max_text_tokens]
 
 
-def demo_arguments(recipe: DemoRecipe, output_dir: str | Path, max_steps: int | None) -> TrainingArguments:
-    """Trainer's arguments for `recipe`."""
+def training_arguments(recipe: Recipe, output_dir: str | Path, **options: Any) -> TrainingArguments:
+    """Trainer's arguments for `recipe`; `options` are added, or replace what is here."""
     num_processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     if recipe.batch_size % num_processes:
         raise ValueError(f"batch_size={recipe.batch_size} cannot be shared by {num_processes} processes evenly.")
     batch_size = recipe.batch_size // num_processes
-    return TrainingArguments(
+    fields: dict[str, Any] = dict(
         output_dir=str(output_dir),
-        max_steps=-1 if max_steps is None else max_steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         max_grad_norm=recipe.max_grad_norm,
+        weight_decay=recipe.weight_decay,
         bf16=bf16_is_faster() if recipe.bf16 is None else recipe.bf16,
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused
         seed=recipe.seed,
@@ -172,6 +202,57 @@ def demo_arguments(recipe: DemoRecipe, output_dir: str | Path, max_steps: int | 
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    return TrainingArguments(**{**fields, **options})
+
+
+def choose_attention(model: TransfusionForMultimodalGeneration) -> None:
+    """Let `model` use what is fastest for rows of a few dozen positions.
+
+    For them the fused kernel costs a CPU half as much again (docs/experiments.md).
+    """
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")
+
+
+def first_captions(pictures: Sequence[CaptionedPicture]) -> list[str]:
+    """Prompts for a sample sheet: what a few pictures show."""
+    return [picture.captions[0] for picture in pictures[:8]]
+
+
+def add_sample_sheets(
+    trainer: TransfusionTrainer,
+    recipe: Recipe,
+    processor: TransfusionProcessor,
+    prompts: Sequence[str],
+    every: int,
+    at_start: bool = False,
+) -> None:
+    """Let `trainer` draw `prompts` every so many steps, with the settings of `recipe`."""
+    sheets = SampleGridCallback(
+        processor,
+        prompts,
+        every,
+        trainer.averaged_weights,
+        recipe.seed,
+        at_start,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.guidance_scale,
+    )
+    trainer.add_callback(sheets)
+
+
+def save_training(trainer: TransfusionTrainer, is_adapter: bool = False) -> None:
+    """Save into the trainer's folder: model and processor, as transformers and diffusers load them, state and curves.
+
+    Adapters are loaded on top of another folder, which has the pipeline.
+    """
+    folder = trainer.args.output_dir
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, Path(folder, "losses.png"))
+        if not is_adapter:
+            save_pipeline_parts(folder, trainer.model.config)
 
 
 def train_demo(
@@ -210,13 +291,11 @@ def train_demo(
     if data is None:
         held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
     model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
-    if not torch.cuda.is_available():
-        # For rows of a few dozen positions the fused kernel costs a CPU half as much again (docs/experiments.md).
-        model.set_attn_implementation("eager")
+    choose_attention(model)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, (0.9, recipe.adam_beta2))
     trainer = TransfusionTrainer(
         model,
-        demo_arguments(recipe, output_dir, max_steps),
+        training_arguments(recipe, output_dir, max_steps=-1 if max_steps is None else max_steps),
         TransfusionDataCollator(model.config, text_dropout=recipe.text_dropout),
         train_dataset=train_rows,
         eval_dataset=held_out,
@@ -225,19 +304,13 @@ def train_demo(
         ema_decay=recipe.ema_decay,
         max_minutes=max_minutes,
     )
-    options = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
-    prompts = DEMO_PROMPTS if data is None else [picture.captions[0] for picture in pictures[:8]]
-    trainer.add_callback(
-        SampleGridCallback(processor, prompts, sample_every, trainer.averaged_weights, recipe.seed, **options)
-    )
+    prompts = DEMO_PROMPTS if data is None else first_captions(pictures)
+    add_sample_sheets(trainer, recipe, processor, prompts, sample_every)
     logger.info("%d rows an epoch, %d parameters", len(train_rows), model.num_parameters())
     trainer.train()
     if held_out is not None:
         trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    make_scheduler(model.config.objective).save_pretrained(Path(output_dir, "scheduler"))
-    plot_losses(trainer.state.log_history, Path(output_dir, "losses.png"))
+    save_training(trainer)
     return trainer
 
 
@@ -245,9 +318,15 @@ __all__ = [
     "DEMO_MINUTES",
     "DEMO_PROMPTS",
     "DemoRecipe",
-    "demo_arguments",
+    "Recipe",
+    "add_sample_sheets",
+    "choose_attention",
     "demo_config",
     "demo_processor",
     "demo_rows",
+    "first_captions",
+    "save_training",
+    "short_texts",
     "train_demo",
+    "training_arguments",
 ]

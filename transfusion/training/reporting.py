@@ -80,6 +80,7 @@ class SampleGridCallback(TrainerCallback):
         every: Steps between two sheets; one more is drawn at the end.
         weights: Gives a context in which the model has the weights to draw with: `trainer.averaged_weights`.
         seed: Of the noise.
+        at_start: Draw a sheet before the first step too.
         options: Of `generate_images`.
     """
 
@@ -90,6 +91,7 @@ class SampleGridCallback(TrainerCallback):
         every: int,
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         seed: int = 0,
+        at_start: bool = False,
         **options: Any,
     ) -> None:
         if every < 1 or not prompts:
@@ -99,8 +101,14 @@ class SampleGridCallback(TrainerCallback):
         self.every = every
         self.weights = weights
         self.seed = seed
+        self.at_start = at_start
         self.options = options
         self._writer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw, if wanted."""
+        if self.at_start and state.global_step == 0:
+            self._draw(args, state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw, if it is time."""

@@ -105,6 +105,12 @@ class CaptionedPictureRows(SeededRows):
             return self._picture_row(index, chooser)
         return self._text_row(index - len(self.pictures))
 
+    def longest(self) -> tuple[int, str]:
+        """Tokens of the longest row with a picture, and the picture's name."""
+        rows = zip(self.pictures, self.shapes, strict=True)
+        pairs = [(picture, caption, shape) for picture, shape in rows for caption in picture.captions]
+        return max((len(self._encode(caption, True, shape)[0]), picture.id) for picture, caption, shape in pairs)
+
     def _picture_row(self, index: int, chooser: random.Random) -> dict[str, Any]:
         picture = self.pictures[index]
         caption = chooser.choice(picture.captions)

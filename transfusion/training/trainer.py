@@ -78,6 +78,7 @@ class TransfusionTrainer(Trainer):
     * Datasets with `set_epoch` are told the epoch, in every process.
     * A saved model has `training_args.json` in place of the pickle `training_args.bin`. Beside the model, checkpoints
       still hold the optimizer, the scheduler and the random states as Trainer writes them, with `torch.save`.
+    * Checkpoints hold no processor, whose VAE can be larger than the model; `save_model` writes it.
 
     Args:
         model: A `TransfusionForMultimodalGeneration`.
@@ -282,9 +283,13 @@ class TransfusionTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and processor; with the averaged weights, unless it is a checkpoint."""
-        is_checkpoint = _internal_call and output_dir not in (None, self.args.output_dir)
-        with nullcontext() if is_checkpoint else self.averaged_weights():
-            super().save_model(output_dir, _internal_call)
+        if not _internal_call or output_dir in (None, self.args.output_dir):
+            with self.averaged_weights():
+                super().save_model(output_dir, _internal_call)
+            return
+        self.processing_class, processing_class = None, self.processing_class
+        super().save_model(output_dir, _internal_call)
+        self.processing_class = processing_class
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         config = self.accelerator.unwrap_model(self.model).config
