@@ -18,14 +18,22 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a module imports lower floors and, in a folder, its own room. A room need not be built yet.
 HUB_FLOORS = (
-    ("autoencoder", "configuration", "diffusion", "experts", "hyper_connections", "latents"),
-    ("positions",),
-    ("denoising", "image_processing", "inputs", "patch_codec", "warm_start"),
+    ("autoencoder", "configuration", "diffusion", "experts", "hyper_connections", "latents", "layout", "model_card"),
+    ("positions", "sharing"),
+    ("chat", "denoising", "image_processing", "inputs", "losses", "outputs", "patch_codec", "warm_start"),
+    ("interleaving",),
     ("generation",),
     ("modeling_transfusion", "processing"),
     ("pipeline",),
 )
-FLOORS = (*HUB_FLOORS, ("data",), ("evaluation", "serving", "training"), ("experiments",), ("cli",))
+FLOORS = (
+    *HUB_FLOORS,
+    ("registration", "tasks"),
+    ("data",),
+    ("evaluation", "serving", "training"),
+    ("experiments",),
+    ("cli",),
+)
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HUB_ROOMS = frozenset(room for rooms in HUB_FLOORS for room in rooms)
 
