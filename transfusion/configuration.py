@@ -238,7 +238,7 @@ class TransfusionConfig(PreTrainedConfig):
         self._check_architecture()
 
     def to_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: without attributes set later that are no fields, which no load would accept."""
+        """What `save_pretrained` writes: without attributes set later that are no fields, as no load accepts them."""
         known = self._known_names()
         return {name: value for name, value in super().to_dict().items() if name in known}
 

@@ -552,23 +552,14 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
                 width, values that are not finite, timesteps outside the schedule.
         """
-        noise = kwargs.pop("noise", None)
-        self._check(
-            past_key_values,
-            input_ids,
-            inputs_embeds,
-            latent_patches,
-            image_grids=image_grids,
-            timesteps=timesteps,
-            noise=noise,
-            image_loss_mask=image_loss_mask,
-        )
-        has_images = latent_patches is not None
+        noise, shifted_labels = kwargs.pop("noise", None), kwargs.get("shift_labels")
+        given_images = (latent_patches, image_grids, timesteps, noise, image_loss_mask)
+        self._check(past_key_values, input_ids, inputs_embeds, *given_images)
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
             image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
-        images = None
+        images = logits = image_prediction = text_loss = image_loss = loss = None
         if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
             timesteps = self.draw_timesteps(image_grids, input_ids, attention_mask) if timesteps is None else timesteps
             images = noise_images(self.noise_process, latent_patches, image_grids, timesteps, noise, image_loss_mask)
@@ -588,7 +579,6 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = image_prediction = text_loss = image_loss = loss = None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if not skip_logits:
             logits = self.lm_head(hidden_states[:, kept])
@@ -604,15 +594,14 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             image_loss = images.loss(image_prediction, num_image_items_in_batch)
             loss = self.config.image_loss_weight * image_loss
         if labels is not None:
-            shift_labels = kwargs.get("shift_labels")
-            text_loss = self.text_loss(hidden_states, input_ids, labels, num_items_in_batch, shift_labels)
+            text_loss = self.text_loss(hidden_states, input_ids, labels, num_items_in_batch, shifted_labels)
             loss = text_loss + loss
         return TransfusionOutput(
             loss=loss,
             text_loss=text_loss,
             image_loss=image_loss,
             logits=logits,
-            image_prediction=image_prediction if has_images else None,
+            image_prediction=image_prediction if latent_patches is not None and len(latent_patches) else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -624,8 +613,9 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         latent_patches: Tensor | None,
+        image_grids: Tensor | None,
         timesteps: Tensor | None,
-        **images: Tensor | None,
+        *further: Tensor | None,
     ) -> None:
         """Check inputs that are new: tokens after a cache, and denoising steps against it, have been checked."""
         if torch.compiler.is_compiling():
@@ -637,7 +627,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         if input_ids is None and inputs_embeds is not None and latent_patches is not None:
             is_patch = self.model.get_image_mask(None, inputs_embeds)
             input_ids = torch.where(is_patch, self.config.image_token_id, self.config.eoi_token_id)
-        check_inputs(self.config, input_ids, latent_patches, timesteps=timesteps, **images)
+        check_inputs(self.config, input_ids, latent_patches, image_grids, timesteps, *further)
         if timesteps is not None:
             self.noise_process.validate_timesteps(timesteps)
 
