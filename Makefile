@@ -21,9 +21,10 @@ format:  ## rewrite imports and layout
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-lint:  ## ruff, changing nothing
+lint:  ## ruff, and transformers' linter of model files, changing nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	mlinter --no-progress --no-cache transfusion
 
 types:  ## mypy
 	$(PYTHON) -m mypy
