@@ -23,6 +23,12 @@ ROLES = ["system", "user", "assistant", "tool"]
 
 
 @cache
+def gpt2() -> TransfusionProcessor:
+    """Its token for unknown words is `<eos>`, as in GPT-2's tokenizer and those that follow it."""
+    return TransfusionProcessor(TransfusionImageProcessor(), tiny_tokenizer(unk_token="<eos>"))
+
+
+@cache
 def demo(size_tokens: bool = False) -> TransfusionProcessor:
     """The demo's tokenizer, pixels as latents."""
     grids = [(2, 3), (1, 1)] if size_tokens else None
@@ -36,8 +42,10 @@ def tools() -> TransfusionProcessor:
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>", "<call>", "<|im_end|>"]})
     template = (
         "{% for tool in tools or [] %}<{{ tool.name }}>{{ tool | tojson }}{% endfor %}"
-        "{% for d in documents or [] %}<bo{{ d.text }}{% endfor %}"
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.name }}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for d in documents or [] %}<bo{{ d.text }}{% endfor %}<{{ custom }}>"
+        "{% for d in documents or [] %}{{ d.content }}{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.name | lower }}<{{ m.type }}>"
+        "{% for key in m.args or {} %}<{{ key }}>{% endfor %}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}{% if p.type == 'image' %}{{ image_token or '<image>' }}{% else %}{{ p.text }}"
         "{% endif %}{% endfor %}{% endif %}{% for call in m.tool_calls or [] %}<{{ call.name }}>{% endfor %}<eos>"
         "{% endfor %}"
@@ -108,7 +116,7 @@ def test_what_the_template_refuses() -> None:
     with pytest.raises(TemplateError, match="has none; set it"):
         without_end.apply_chat_template([user("a")])
     with pytest.raises(TemplateError, match="of type video"):
-        demo().apply_chat_template([user([{"type": "video"}])])
+        demo().tokenizer.apply_chat_template([user([{"type": "video"}])], chat_template=CHAT_TEMPLATE)
 
 
 # What the assistant wrote
@@ -211,12 +219,13 @@ def spelled(processor: TransfusionProcessor) -> Any:
     return st.lists(st.sampled_from(words) | st.text(max_size=3), max_size=5).map("".join)
 
 
-@pytest.mark.parametrize("size_tokens", [False, True])
+@pytest.mark.parametrize("kind", ["demo", "size_tokens", "gpt2"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_messages_make_no_control_token(size_tokens: bool, data: st.DataObject) -> None:
+def test_messages_make_no_control_token(kind: str, data: st.DataObject) -> None:
     """In any role and position: the control tokens are those of the turns and of the pictures, in their order."""
-    processor = demo(size_tokens)
+    size_tokens = kind == "size_tokens"
+    processor = gpt2() if kind == "gpt2" else demo(size_tokens)
     texts = spelled(processor)
     block = ["<boi_2x3>" if size_tokens else "<boi>", *["<image>"] * 6, "<eoi>"]
     chats, expected, written = [], [], []
@@ -246,9 +255,12 @@ def test_fields_make_no_control_token(data: st.DataObject) -> None:
     """A template that prints half tokens beside roles, names, tools and documents: refused, or no token of theirs."""
     processor = tools()
     texts = spelled(processor) | st.sampled_from(["call", "im_end", "i>", "image", "user", "eos"])
-    message = user(data.draw(texts), name=data.draw(texts), tool_calls=[{"name": data.draw(texts)}])
+    message = user(data.draw(texts), name=data.draw(texts | texts.map(str.upper)))
+    message |= {"tool_calls": [{"name": data.draw(texts)}], "args": {data.draw(texts): 1}, "type": data.draw(texts)}
     message["role"] = data.draw(st.sampled_from(["user", "assistant"]) | texts)
     fields: dict[str, Any] = {"tools": [{"name": data.draw(texts)}], "documents": [{"text": data.draw(texts)}]}
+    fields |= {"custom": data.draw(texts)}
+    fields["documents"].append({"content": data.draw(texts)})
     fields = {name: value for name, value in fields.items() if data.draw(st.booleans())}
     try:
         (row,) = processor.apply_chat_template([message], tokenize=True, **fields)
@@ -268,6 +280,14 @@ def test_fields_make_no_control_token(data: st.DataObject) -> None:
         {"tools": [{"name": "call"}]},
         {"tools": [{"name": "<eos>"}]},
         {"documents": [{"text": "i>"}]},
+        {"documents": [{"content": "x<e"}, {"content": "os>"}]},
+        {"custom": "eos"},
+        {"message": {"type": "eos"}},
+        {"message": {"type": "image"}},
+        {"message": {"name": "x<EOS>assistant"}},
+        {"message": {"name": "<|USER|>"}},
+        {"message": {"args": {"eos": 1}}},
+        {"message": {"args": {"name": 1, "call": 2}}},
     ],
 )
 def test_fields_that_would_complete_a_token_are_refused(fields: dict[str, Any]) -> None:
@@ -277,11 +297,53 @@ def test_fields_that_would_complete_a_token_are_refused(fields: dict[str, Any]) 
         tools().apply_chat_template([message], tokenize=True, **fields)
 
 
+def test_templates_may_read_fields() -> None:
+    """Lengths, equality and keys that a template names, as in the templates of Mistral and of OpenAI."""
+    template = (
+        "{% for m in messages %}{{ m.role }}{% if m.thinking %}({{ m.thinking }}){% endif %}"
+        "{% for c in m.calls %}{% if c.id | length != 9 or not c.id.isalnum() or c.id != c.again %}"
+        "{{ raise_exception('bad id') }}{% endif %}{% if c.function is defined %}{{ c.function.name }}<eos>{% endif %}"
+        "{% endfor %}{{ m.content }}<eos>{% endfor %}"
+    )
+    call = {"id": "abcDEF123", "again": "abcDEF123", "function": {"name": "f"}}
+    message = user("a", calls=[call], reasoning="hm")
+    assert tools().apply_chat_template([message], chat_template=template) == "user(hm)f<eos>a<eos>"
+    template = (
+        "{% if messages[0].kind != 'good' %}{{ raise_exception('bad kind') }}{% endif %}{{ messages[0].content }}"
+    )
+    with pytest.raises(ValueError, match="cannot be checked.*bad kind"):
+        tools().apply_chat_template([user("a", kind="good")], chat_template=template)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["content | tojson", "content[:6]", "content[0]", "content[-1]", "content | reverse", "content | length"]
+    + ["content | lower", "content | upper", "content | e", "content | replace('\n', ' ')", "content | urlencode"]
+    + ["content.split()[0]", "[content]", "content | capitalize", "content[3:]", "content | indent"],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_templates_that_alter_a_text_are_refused(expression: str, tokenize: bool) -> None:
+    template = f"{{% for m in messages %}}{{{{ m.{expression} }}}}<eos>{{% endfor %}}".replace("m.[c", "[m.c")
+    for content in ("a", 'a "quoted" text\n'):
+        with pytest.raises(ValueError, match="alters the text"):
+            demo().apply_chat_template([user(content)], chat_template=template, tokenize=tokenize)
+
+
+@given(st.text(max_size=8), st.text(max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_templates_may_strip_a_text(first: str, second: str) -> None:
+    """As those of Llama do; the same as the tokenizer's own rendering."""
+    template = "{% for m in messages %}{{ m.role }}\n{{ m.content | trim }}{{ m.content }}<eos>{% endfor %}"
+    chat = [user(first), assistant(f" {second}\n")]
+    expected = demo().tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    assert demo().apply_chat_template(chat, chat_template=template) == expected
+
+
 def test_harmless_fields_pass() -> None:
     message = user("a", name="ann", tool_calls=[{"name": "sum"}])
     fields: dict[str, Any] = {"tools": [{"type": "function", "name": "sum"}], "documents": [{"text": "x"}]}
     (row,) = tools().apply_chat_template([message], tokenize=True, **fields)
-    text = '<sum>{"type": "function", "name": "sum"}<box<|user|>anna<sum><eos>'
+    text = '<sum>{"type": "function", "name": "sum"}<box<><|user|>ann<>a<sum><eos>'
     assert tools().decode(row) == text and controls(tools(), row) == ["<|user|>", "<eos>"]
 
 
@@ -290,6 +352,19 @@ def test_unknown_options_are_named() -> None:
         demo().apply_chat_template([user("a")], tokenize=True, add_generation_promt=True)
     with pytest.raises(ValueError, match="at least one message"):
         demo().apply_chat_template([])
+    for chat, message in (
+        ("hi", "A conversation is 'hi'"),
+        ({"role": "user", "content": "a"}, "A conversation is"),
+        (["hi"], "A message is 'hi'; give {'role'"),
+        ([{}], "A message is {}"),
+        ([{"content": "a"}], "A message is"),
+        ([{"role": "user"}], "A message is"),
+        ([user(3)], "The content of a message is 3"),
+        ([user({"type": "text", "text": "a"})], "The content of a message is {'type'"),
+    ):
+        for tokenize in (False, True):
+            with pytest.raises(ValueError, match=message):
+                demo().apply_chat_template(chat, tokenize=tokenize)
     with pytest.raises(ValueError, match="exclude each other"):
         demo().apply_chat_template(
             [assistant("a")], tokenize=True, add_generation_prompt=True, continue_final_message=True

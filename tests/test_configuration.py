@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from transfusion import TransfusionModel
 from transfusion.configuration import PAPER_UNET_CHANNELS, PRESETS, TransfusionConfig
@@ -193,3 +194,14 @@ def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     loaded = TransfusionConfig.from_pretrained(tmp_path)
     assert loaded.hidden_size == 1536 and not hasattr(loaded, "layer_norm_eps")
+
+
+def test_a_newer_version_s_fields_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    TransfusionConfig(qk_norm=True).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "new_field": 1}))
+    for kind in (TransfusionConfig, AutoConfig):
+        caplog.clear()
+        loaded = kind.from_pretrained(tmp_path)
+        assert loaded.to_diff_dict() == TransfusionConfig(qk_norm=True).to_diff_dict()
+        assert "The config holds new_field, which is no field of TransfusionConfig" in caplog.text

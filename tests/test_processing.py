@@ -35,6 +35,7 @@ from transfusion.processing import TransfusionImageProcessor, TransfusionProcess
 
 
 PROCESSOR = tiny_processor()
+GPT2 = tiny_processor(unk_token="<eos>")  # there, too, one token has both tasks
 BOI, EOI, IMAGE = PROCESSOR.boi_token_id, PROCESSOR.eoi_token_id, PROCESSOR.image_token_id
 BLOCK = [BOI, *[IMAGE] * 6, EOI]
 
@@ -263,10 +264,11 @@ mixed_text = st.lists(st.sampled_from(SPECIAL_TOKENS) | st.text(max_size=6)).map
 @given(mixed_text)
 @settings(max_examples=150, deadline=None)
 def test_no_text_becomes_a_control_token(value: str) -> None:
-    out = PROCESSOR(text=[value, [text_part(value)]], padding=False)
-    for row in out["input_ids"]:
-        assert not set(row) & set(PROCESSOR.tokenizer.all_special_ids) and IMAGE not in row and 2 not in row
-        assert PROCESSOR.decode(row) == value == PROCESSOR.decode(row, skip_special_tokens=True)
+    for processor in (PROCESSOR, GPT2):
+        out = processor(text=[value, [text_part(value)]], padding=False)
+        for row in out["input_ids"]:
+            assert not set(row) & set(processor.tokenizer.all_special_ids) and IMAGE not in row and 2 not in row
+            assert processor.decode(row) == value == processor.decode(row, skip_special_tokens=True)
 
 
 @given(mixed_text, mixed_text)
@@ -466,6 +468,22 @@ def test_patches_that_cannot_be_decoded(processor: TransfusionProcessor) -> None
         processor.decode_images(torch.full((6, 12), torch.nan), [(2, 3)])
     with pytest.raises(ValueError, match="describe 8 patches"):
         processor.decode_images(torch.zeros(6, 12), [(2, 4)])
+    with pytest.raises(ValueError, match="is a list; give one tensor"):
+        processor.decode_images([torch.zeros(6, 12)], [(2, 3)])
+
+
+def test_pictures_are_no_pixels(processor: TransfusionProcessor) -> None:
+    for pictures in (picture(), [picture()], ["a.png"]):
+        with pytest.raises(ValueError, match=r"call processor\(images=pictures\)"):
+            processor.encode_images(pictures)
+
+
+def test_what_is_no_ids_is_not_decoded_to_text(processor: TransfusionProcessor) -> None:
+    output = TransfusionGenerateOutput(torch.tensor([text_ids("a")]), [[]], [[]], 0)
+    for value in (output, torch.zeros(1, 3, 4, 4), np.zeros((3, 4)), [torch.zeros(4)]):
+        for decode in (processor.decode, processor.batch_decode):
+            with pytest.raises(ValueError, match="post_process_multimodal_output"):
+                decode(value)
 
 
 def test_a_half_precision_vae_that_overflows_is_an_error() -> None:
@@ -581,8 +599,13 @@ def test_loaded_from_a_subfolder(tmp_path: Path) -> None:
 def test_a_lost_vae_is_an_error(tmp_path: Path) -> None:
     tiny_processor(vae=tiny_vae(), size=None).save_pretrained(tmp_path)
     (tmp_path / "vae").rename(tmp_path / "lost")
-    with pytest.raises(ValueError, match="vae_scale_factor is 4, but that of pixels"):
+    with pytest.raises(ValueError, match=r"has no folder vae/.*vae_scale_factor is 4.*vae=\.\.\."):
         TransfusionProcessor.from_pretrained(tmp_path)
+    vae = tiny_vae()
+    processor = AutoProcessor.from_pretrained(tmp_path, vae=vae)
+    assert processor.vae is vae
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).latent_channels == 4
 
 
 @pytest.mark.parametrize("value", ["../elsewhere", {"_class_name": "AutoencoderKL"}, ["x"]])

@@ -1,5 +1,7 @@
 """Chats: a template's control tokens count, those in its messages are text."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,84 @@ def test_a_template_that_writes_bos_gets_one() -> None:
         template = start + "{{ messages[0].content }}"
         ids = processor.apply_chat_template(chat("a <bos>"), chat_template=template, tokenize=True)
         assert ids == [[bos, *text_ids("a <bos>")]]
+
+
+# In two steps
+
+
+def same(first: Any, second: Any) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0)
+
+
+@given(mixed_text, mixed_text, st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_a_rendered_chat_makes_the_same_ids(first: str, second: str, own: int) -> None:
+    """Whether the messages have their pictures, which `images` may bring again, or `images` brings them."""
+    pictures = [picture(seed) for seed in range(2)]
+    places = [image_part(drawn if own & (1 << index) else None) for index, drawn in enumerate(pictures)]
+    messages = chat([text_part(first), places[0], text_part(second)], second, [places[1]])
+    missing = [drawn for index, drawn in enumerate(pictures) if not own & (1 << index)]
+    options: dict[str, Any] = {"add_generation_prompt": True}
+    expected = PROCESSOR.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"images": missing, "return_tensors": "pt"},
+        **options,
+    )
+    prompt = PROCESSOR.apply_chat_template(messages, **options)
+    same(PROCESSOR(text=[prompt], images=pictures, return_tensors="pt"), expected)
+    same(PROCESSOR(text=prompt, images=[pictures], return_tensors="pt"), expected)
+    latents = PROCESSOR.encode_images(PROCESSOR.image_processor(pictures)["pixel_values"])
+    same(PROCESSOR(text=prompt, latents=latents, return_tensors="pt"), expected)
+    if not missing:
+        same(PROCESSOR(text=prompt, return_tensors="pt"), expected)
+    given = PROCESSOR.apply_chat_template(messages, processor_kwargs={"images": missing}, **options)
+    for twin in (given, pickle.loads(pickle.dumps(given)), copy.deepcopy(given)):
+        assert type(twin) is type(prompt) and twin == prompt
+        same(PROCESSOR(text=twin, return_tensors="pt"), expected)
+
+
+def test_rendered_chats_in_a_batch() -> None:
+    chats = [chat("a <eos>"), chat([text_part("b"), image_part(picture())], "c")]
+    prompts = PROCESSOR.apply_chat_template(chats)
+    expected = PROCESSOR.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors="pt")
+    same(PROCESSOR(text=prompts, return_tensors="pt"), expected)
+    same(PROCESSOR(text=prompts, images=[[], [picture()]], return_tensors="pt"), expected)
+    same(PROCESSOR(text=prompts, images=picture(), return_tensors="pt"), expected)
+    labels = PROCESSOR(text=[*prompts, "plain"], return_labels=True, padding=False)["labels"]
+    assert labels[2] == [*text_ids("plain"), 1] and labels[0].count(1) == 2
+    for images in ([picture(), picture()], [[picture()], [picture()]]):
+        with pytest.raises(ValueError, match="image placeholders and"):
+            PROCESSOR(text=prompts, images=images)
+    open_place = PROCESSOR.apply_chat_template(chat([image_part()]))
+    with pytest.raises(ValueError, match="1 image placeholders and 0 pictures"):
+        PROCESSOR(text=open_place)
+
+
+def test_what_is_made_of_a_rendered_chat_is_ordinary_text() -> None:
+    prompt = PROCESSOR.apply_chat_template(chat("a"))
+    for made in (prompt + "", prompt.strip(), str(prompt), f"{prompt}", prompt[:], "".join([prompt]), prompt * 1):
+        assert type(made) is str
+        assert PROCESSOR(text=made)["input_ids"] == [text_ids(made)]
+
+
+def test_strings_that_spell_control_tokens_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("transfusion.processing.logger.warning_once", said.append)
+    prompt = PROCESSOR.apply_chat_template(chat([image_part(picture()), text_part("a <eos>")]))
+    quiet: list[dict[str, Any]] = [
+        {"text": "a"},
+        {"text": [prompt, [text_part("<eos>")]]},
+        {"text": "<image>", "images": picture()},
+        {"images": picture()},
+    ]
+    for arguments in quiet:
+        PROCESSOR(**arguments)
+    assert not said
+    assert PROCESSOR(text=["a", "an <image> <eos>"], padding=False)["input_ids"][1] == text_ids("an <image> <eos>")
+    assert len(said) == 1 and "['<eos>', '<image>']" in said[0] and "apply_chat_template" in said[0]
+    PROCESSOR(text="<image> <|im_start|>", images=picture())
+    assert "['<|im_start|>']" in said[1]

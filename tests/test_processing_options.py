@@ -1,11 +1,13 @@
 """A processor as transformers' callers use it: options in every place, single modalities, decoding by mode."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor, AutoTokenizer
 
 from tests.tiny_processor import picture, pixel_patches, text_ids, tiny_processor, tiny_tokenizer, tiny_vae
 from transfusion.processing import TransfusionImageProcessor, TransfusionProcessor
@@ -109,8 +111,9 @@ def test_latents_are_decoded(vae: str | None) -> None:
     ]
     for given in (latents, list(latents), latents.numpy()):
         np.testing.assert_array_equal([np.asarray(image) for image in processor.decode_latents(given)], expected)
-    images = processor.post_process_multimodal_output(latents, generation_mode="image")
-    np.testing.assert_array_equal([np.asarray(image) for image in images], expected)
+    for mode in ("image", None):
+        images = processor.post_process_multimodal_output(latents, generation_mode=mode)
+        np.testing.assert_array_equal([np.asarray(image) for image in images], expected)
     if vae:  # and each by itself, of its own size
         sizes = [image.size for image in processor.decode_latents([latents[0], latents[1][:, :2]])]
         assert sizes == [(16, 16), (16, 8)]
@@ -144,6 +147,49 @@ def test_options_of_parts_are_passed_on_loading(tmp_path: Path) -> None:
     own = TransfusionImageProcessor(patch_size=1)
     assert TransfusionProcessor.from_pretrained(tmp_path, image_processor=own).image_processor is own
     assert TransfusionProcessor.from_pretrained(tmp_path).to_dict() == PROCESSOR.to_dict()
+
+
+def test_the_padding_side_is_that_of_the_tokenizer(tmp_path: Path) -> None:
+    """Left unless somebody says otherwise; with labels right."""
+    rows = ["a", "a red heart"]
+    PROCESSOR.save_pretrained(tmp_path / "left")
+    right = AutoProcessor.from_pretrained(tmp_path / "left", padding_side="right")
+    right.save_pretrained(tmp_path / "right")
+    set_later = AutoProcessor.from_pretrained(tmp_path / "left")
+    set_later.tokenizer.padding_side = "right"
+    for processor, side in (
+        (PROCESSOR, "left"),
+        (AutoProcessor.from_pretrained(tmp_path / "left"), "left"),
+        (right, "right"),
+        (set_later, "right"),
+        (AutoProcessor.from_pretrained(tmp_path / "right"), "right"),
+    ):
+        assert processor(text=rows)["attention_mask"][0][0] == (side == "right")
+        assert processor(text=rows, padding_side="left")["attention_mask"][0][0] == 0
+        assert processor(text=rows, return_labels=True)["attention_mask"][0][0] == 1
+    for side in ("left", "right"):
+        assert AutoTokenizer.from_pretrained(tmp_path / side).padding_side == side
+
+
+def test_truncation_without_a_length_is_that_of_the_tokenizer() -> None:
+    with pytest.raises(ValueError, match="truncation=True needs a max_length.*model_max_length"):
+        PROCESSOR(text="a red heart", truncation=True)
+    processor = tiny_processor(model_max_length=2)
+    whole = processor(text="a red heart")["input_ids"][0]
+    assert processor(text="a red heart", truncation=True)["input_ids"] == [whole[:2]]
+    assert processor(text="a red heart", truncation=True, max_length=len(whole) - 1)["input_ids"] == [whole[:-1]]
+
+
+def test_a_newer_version_s_settings_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    PROCESSOR.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["new"], settings["image_processor"]["sharpen"] = 1, 2
+    file.write_text(json.dumps(settings))
+    assert AutoProcessor.from_pretrained(tmp_path).to_dict() == PROCESSOR.to_dict()
+    assert "sharpen, which is no option of TransfusionImageProcessor" in caplog.text
+    with pytest.raises(ValueError, match="sharpen: not an option"):
+        TransfusionImageProcessor(sharpen=2)
 
 
 def test_the_vae_is_neither_copied_nor_printed() -> None:

@@ -8,7 +8,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 OBJECTIVES = ("ddpm", "flow")
 TIMESTEP_DENSITIES = ("uniform", "logit_normal")
@@ -66,7 +69,8 @@ class TransfusionConfig(PreTrainedConfig):
     """Configuration of a Transfusion model; the defaults are the paper's smallest controlled model (section 4.1).
 
     Every value is checked when the config is made, loaded and saved: a `ValueError` names the field, its value and
-    what is allowed. A name that is no field is refused too, since transformers would silently keep a misspelt one.
+    what is allowed. A name that is no field is refused too, since transformers would silently keep a misspelt one; in
+    a file, which a newer version may have written, it is left out with a warning.
 
     Args:
         vocab_size: Size of the embedding table, control tokens included (Llama 2's 32,000 and three more).
@@ -227,7 +231,17 @@ class TransfusionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As for any config, but fields in `kwargs` replace those of the dict before anything follows from them."""
+        """As for any config, but fields in `kwargs` replace those of the dict before anything follows from them.
+
+        What the dict holds and is no field, as in the file of a newer version, is left out, and said so.
+        """
+        known = cls._known_names()
+        if unknown := sorted(set(config_dict) - known):
+            logger.warning(
+                f"The config holds {', '.join(unknown)}, which is no field of {cls.__name__} here; left out. If a "
+                "newer version of transfusion wrote it, install that; if not, it is misspelt."
+            )
+        config_dict = {name: value for name, value in config_dict.items() if name in known}
         replaced = {name: kwargs.pop(name) for name in tuple(kwargs) if name in TransfusionConfig.__annotations__}
         return super().from_dict({**config_dict, **replaced}, **kwargs)
 
@@ -242,10 +256,11 @@ class TransfusionConfig(PreTrainedConfig):
         known = self._known_names()
         return {name: value for name, value in super().to_dict().items() if name in known}
 
-    def _known_names(self) -> frozenset[str]:
-        fields = frozenset(self.__dataclass_fields__)
+    @classmethod
+    def _known_names(cls) -> frozenset[str]:
+        fields = frozenset(cls.__dataclass_fields__)
         # Generation settings are dropped by transformers itself, with its own message when they are saved.
-        return fields | _TRANSFORMERS_KEYS | frozenset(self._get_generation_defaults())
+        return fields | _TRANSFORMERS_KEYS | frozenset(cls._get_generation_defaults())
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         fields, known = set(self.__dataclass_fields__), self._known_names()

@@ -22,9 +22,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+from transformers.utils import logging
 
 from .sharing import SharedImageProcessor
 
+
+logger = logging.get_logger(__name__)
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 # About 150 MB of RGB: more than a phone's camera delivers by default, less than what hurts.
@@ -164,6 +167,21 @@ class TransfusionImageProcessor(SharedImageProcessor, BaseImageProcessor):
         """What `preprocessor_config.json` holds: the options, and none that is None."""
         saved = {*self.valid_kwargs.__annotations__, *_TRANSFORMERS_KEYS}
         return {name: value for name, value in super().to_dict().items() if name in saved}
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for any image processor, but an option that is not known is left out, and said so.
+
+        A newer version may have written it.
+        """
+        known = {*cls.valid_kwargs.__annotations__, *_TRANSFORMERS_KEYS}
+        if unknown := sorted(set(image_processor_dict) - known):
+            logger.warning(
+                f"The image processor's file holds {', '.join(unknown)}, which is no option of {cls.__name__} here; "
+                "left out. If a newer version of transfusion wrote it, install that; if not, it is misspelt."
+            )
+        options = {name: value for name, value in image_processor_dict.items() if name in known}
+        return super().from_dict(options, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
         """Turn one picture or several into `pixel_values`.

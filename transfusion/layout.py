@@ -39,6 +39,26 @@ class Part(NamedTuple):
 
 
 Row = list[Part]
+
+
+class RenderedChat(str):
+    """A chat as a string, which keeps what it was made of: what is control token in it and what only spells one.
+
+    Whatever makes another string of it makes a plain one, in which all is ordinary text.
+
+    Attributes:
+        row: Its parts, with the pictures of the messages.
+    """
+
+    row: Row
+
+    def __new__(cls, text: str, row: Sequence[Part] = ()) -> "RenderedChat":
+        """Keep the parts beside the string."""
+        chat = super().__new__(cls, text)
+        chat.row = list(row)
+        return chat
+
+
 Token = tuple[int, bool]  # its id, and whether a chat's assistant wrote it
 
 
@@ -130,7 +150,14 @@ def read_part(part: Any) -> Part:
     )
 
 
+def is_rendered_chat(value: Any) -> bool:
+    """Whether this is a `RenderedChat`, of this file or of a copy of it from the Hub."""
+    return type(value).__name__ == RenderedChat.__name__
+
+
 def _read_row(row: Any, index: int, has_pictures: bool, image_token: str) -> Row:
+    if is_rendered_chat(row):
+        return [Part("picture", None, part.written) if has_pictures and part.is_image else part for part in row.row]
     if isinstance(row, str):
         return split_text(row, image_token) if has_pictures else [text_part(row)]
     if isinstance(row, list | tuple):
@@ -239,10 +266,12 @@ def pad_rows(rows: Sequence[list[int]], length: int, side: str, value: int) -> l
 
 __all__ = [
     "Part",
+    "RenderedChat",
     "Row",
     "Token",
     "cut_row",
     "fill_rows",
+    "is_rendered_chat",
     "pad_rows",
     "padded_length",
     "read_part",

@@ -2,7 +2,9 @@
 
 A row is `text <boi> patch ... patch <eoi> text`; each patch position holds the id of `<image>`. No text can become a
 control token: only a picture makes `<boi>`, `<image>` and `<eoi>`, only labels bring `<eos>`, only padding `<pad>`. A
-chat template writes control tokens of its own (see `chat.py`); what its messages say stays text there too.
+chat template writes control tokens of its own (see `chat.py`); what its messages say stays text there too. Control
+tokens are the tokenizer's special tokens. Tokens that were added as words, not special (`<think>` of some chat
+models), are words here too, which any text may write.
 A picture of a grid that has a size token, as `<boi_4x6>`, begins with that in place of `<boi>`.
 
 Labels are unshifted (the model shifts them) and -100 is not learned. Nothing is learned where the input is `<boi>` or
@@ -28,51 +30,26 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import ModelOutput, logging
 from transformers.utils.chat_template_utils import _get_template_variables, get_json_schema
 
 from .autoencoder import decode_latents, encode_pixels, load_vae, require_finite, save_vae, spatial_factor
-from .chat import CHAT_TEMPLATE, ChatTokens, mark_chats, render_chats
-from .image_processing import TransfusionImageProcessor, TransfusionImageProcessorKwargs
+from .chat import CHAT_TEMPLATE, ChatTokens, check_conversations, mark_chats, render_chats
+from .image_processing import TransfusionImageProcessor
 from .latents import patchify, split_images, unpatchify
-from .layout import Part, Row, Token, cut_row, pad_rows, padded_length, read_rows
+from .layout import Row, Token, cut_row, is_rendered_chat, pad_rows, padded_length, read_rows
+from .processing_options import REFUSED_OPTIONS, TransfusionProcessorKwargs, unknown_options
 from .sharing import SharedProcessor
+from .special_tokens import control_tokens, first_ids, last_ids, longest_row, text_tokens
 
 
 IGNORE_INDEX = -100
 
+logger = logging.get_logger(__name__)
+
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-# transformers' options of a tokenizer that rows with pictures cannot have.
-_REFUSED_OPTIONS = (
-    "text_pair",
-    "text_target",
-    "text_pair_target",
-    "stride",
-    "is_split_into_words",
-    "return_token_type_ids",
-    "return_overflowing_tokens",
-    "return_special_tokens_mask",
-    "return_offsets_mapping",
-    "return_length",
-    "return_text_replacement_offsets",
-)
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class TransfusionImagesKwargs(TransfusionImageProcessorKwargs, total=False):
-    """What the image processor takes in a call."""
-
-    return_tensors: str | None
-    data_format: str | None
-    device: str | None
-    disable_grouping: bool | None
-
-
-class TransfusionProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """What a call of `TransfusionProcessor` takes beside texts and pictures."""
-
-    images_kwargs: TransfusionImagesKwargs
-    return_labels: bool | str
 
 
 class _ProcessorBase(SharedProcessor, ProcessorMixin):
@@ -110,7 +87,8 @@ class TransfusionProcessor(_ProcessorBase):
         size_token_grids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        tokenizer.padding_side = "left"  # transformers' pipelines pad prompts by it, and go on behind them
+        # transformers' pipelines pad prompts by it, and go on behind them; it is saved only where init_kwargs has it.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         self.vae = vae
         self.size_token_grids = None if size_token_grids is None else _read_grids(size_token_grids)
         factor = 1 if vae is None else spatial_factor(vae)
@@ -226,18 +204,20 @@ class TransfusionProcessor(_ProcessorBase):
             text: A string, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image"}`, the picture
                 under `"image"` or taken from `images`; or a list of such rows. In a string that has pictures
                 `<image>` marks their places; in a string without, and in parts, it is ordinary text. White space
-                beside a picture is stripped. None: only the pictures are encoded.
+                beside a picture is stripped. What `apply_chat_template` returned keeps its control tokens, and its
+                messages' pictures unless `images` brings all of them again. None: only the pictures are encoded.
             latents: Scaled latents (C, h, w), as `encode_images` makes them, in place of `images`.
             kwargs: Options, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; what the tokenizer was
                 made with (`padding`, `max_length`) is the default:
 
                 - `return_labels`: Append `<eos>` and return `labels` (see the module's docstring).
                 - `padding`: True or `"longest"` (the default), `"max_length"`, or False.
-                - `padding_side`: By default left for prompts and right with labels.
+                - `padding_side`: By default right with labels, and for prompts that of the tokenizer, which is left
+                  unless `from_pretrained` is told otherwise or it is set later.
                 - `pad_to_multiple_of`: Pad further, to a multiple.
                 - `max_length`: Longest row, in tokens; a longer one is refused.
-                - `truncation`: Cut longer rows on the right instead; they lose their `<eos>`. A row of which a
-                  picture would be cut is still refused.
+                - `truncation`: Cut longer rows on the right instead, without `max_length` to the tokenizer's
+                  `model_max_length`; they lose their `<eos>`. A row of which a picture would be cut is still refused.
                 - `add_special_tokens`: False leaves the tokenizer's `<bos>` out.
                 - `return_mm_token_type_ids`: Return `mm_token_type_ids` (B, L), 1 for patches and 0 elsewhere.
                 - `return_tensors`: `"pt"`, `"np"`, or None for lists of ids.
@@ -258,9 +238,22 @@ class TransfusionProcessor(_ProcessorBase):
                 "apply_chat_template alone."
             )
         rows = read_rows(text, images, latents, self.image_token)
+        self._warn_of_spelled_tokens(text, images is not None or latents is not None)
         if text is None:
             return BatchFeature(self._images(rows, options)[0], tensor_type=options["return_tensors"])
         return self._encode(rows, options)
+
+    def _warn_of_spelled_tokens(self, text: Any, has_pictures: bool) -> None:
+        """Say that strings are ordinary text, where some look as if they were meant not to be."""
+        control = set(control_tokens(self.tokenizer).values()) - ({self.image_token} if has_pictures else set())
+        strings = [text] if isinstance(text, str) else text or ()
+        plain = [row for row in strings if isinstance(row, str) and not is_rendered_chat(row)]
+        if found := sorted(token for token in control if any(token in row for row in plain)):
+            logger.warning_once(
+                f"A string spells the control tokens {found}. In a string they are ordinary text: give pictures in "
+                "`images`, or parts, and a chat as messages to apply_chat_template, of which the result is passed as "
+                "it is."
+            )
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a call was given, by name; the image processor's own under `images_kwargs`."""
@@ -268,17 +261,19 @@ class TransfusionProcessor(_ProcessorBase):
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} is given; {type(self).__name__} reads text and images.")
-        if unknown := sorted(_unknown_options(kwargs)):
+        if unknown := sorted(unknown_options(kwargs)):
             raise ValueError(f"{', '.join(unknown)}: not an option of {type(self).__name__}; see its `__call__`.")
-        # Rows are padded on the side that their use asks for, not on the tokenizer's.
+        # What the tokenizer says now, not what it was made with.
         init = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         try:
             merged = self._merge_kwargs(tokenizer_init_kwargs=init, **kwargs)
         except (StrictDataclassError, TypeError) as error:
             raise ValueError(f"An option has a wrong value: {error}") from error
         text = merged["text_kwargs"]
-        if refused := [name for name in _REFUSED_OPTIONS if text.get(name)]:
+        if refused := [name for name in REFUSED_OPTIONS if text.get(name)]:
             raise ValueError(f"{', '.join(refused)}: not possible for rows of text and pictures; leave it out.")
+        if text.get("truncation") not in (None, False, "do_not_truncate") and text.get("max_length") is None:
+            text["max_length"] = longest_row(self.tokenizer)
         images = {name: value for name, value in merged["images_kwargs"].items() if name != "return_tensors"}
         labels = {"return_labels": merged.get("return_labels", False), "return_assistant_tokens_mask": False}
         shared = {"return_mm_token_type_ids": merged["return_mm_token_type_ids"]}
@@ -288,8 +283,8 @@ class TransfusionProcessor(_ProcessorBase):
         """Rows -> what the model reads."""
         images, sides = self._images(rows, options)
         grids = iter(sides)
-        bos = self._bos() if options.get("add_special_tokens") in (None, True) else []
-        eos = self._eos() if options["return_labels"] is True else []
+        bos = first_ids(self.tokenizer) if options.get("add_special_tokens") in (None, True) else []
+        eos = last_ids(self.tokenizer) if options["return_labels"] is True else []
         tokens = [self._row_tokens(row, grids, bos) for row in rows]
         tokens = [row if [row[-1][0]] == eos else row + [(token, False) for token in eos] for row in tokens]
         image_ids = (self.image_token_id, self.eoi_token_id)
@@ -323,34 +318,29 @@ class TransfusionProcessor(_ProcessorBase):
                 string or a list of parts as in `__call__`; a picture is under `"image"`, its file under `"path"` or
                 `"url"`, or its file's bytes under `"base64"` or in a `data:` URL. Nothing is fetched.
             chat_template: A template, or the name of one, instead of the processor's.
-            tools: Tools, for templates that know them.
-            documents: Documents, for templates that know them.
+            tools, documents: For templates that know them.
             add_generation_prompt: End with the beginning of an assistant's turn.
             continue_final_message: Leave the last turn open.
             return_assistant_tokens_mask: With `tokenize` and `return_dict`, return `assistant_masks` (B, L), 1 where
                 the assistant wrote, as the template's generation blocks say.
-            tokenize: Return ids, not a string.
+            tokenize: Return ids. Without it, a string or a list of them, of which `__call__` makes the same ids: it
+                remembers what in it is a control token. Whatever is made of it (`prompt + "x"`) is ordinary text.
             return_tensors: As in `__call__`.
             return_dict: With `tokenize`, return all that `__call__` does, not the ids alone.
-            processor_kwargs: With `tokenize`, options of `__call__`, and `images` for image parts that have no picture
-                of their own. `return_labels="assistant"` learns the assistant's turns alone.
+            processor_kwargs: Options of `__call__`, which only count with `tokenize`, and `images` for image parts
+                that have no picture of their own. `return_labels="assistant"` learns the assistant's turns alone.
             kwargs: Variables of the template; others are taken for options of `__call__`.
 
         Raises:
-            ValueError: A picture that is not a local one, a control token in a role, tool or variable, or a template
-                that alters the messages' text or does not mark the assistant's.
+            ValueError: No messages; a picture that is not a local one; roles, tools, documents or variables that hold
+                control tokens or would make some; a template that alters the messages' text or does not mark the
+                assistant's.
         """
         if not conversation:
             raise ValueError(f"The conversation is {conversation!r}; give at least one message.")
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other; give one of them.")
         template = self._resolve_chat_template(chat_template)
-        tools = tools and [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
-        flags: dict[str, Any] = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-        }
-        if not tokenize:
-            kwargs |= {"tools": tools, "documents": documents, **flags}
-            return super().apply_chat_template(conversation, chat_template=template, **kwargs)
         for name in ("sanitize_control_tokens", "load_audio_from_video"):  # always so, and never
             kwargs.pop(name, None)
         variables = {name: kwargs.pop(name) for name in kwargs.keys() & _get_template_variables(template)}
@@ -364,14 +354,23 @@ class TransfusionProcessor(_ProcessorBase):
                 "return_assistant_tokens_mask and return_labels='assistant' need a chat template with a generation "
                 "block, and no continue_final_message."
             )
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("add_generation_prompt and continue_final_message exclude each other; give one of them.")
-        conversations, is_batched = self._normalize_conversations(conversation)
-        chats = mark_chats(conversations, is_batched, images)
-        tokens = ChatTokens(self.tokenizer.special_tokens_map, [*self._control_tokens().values()], self.image_token)
-        flags |= {"chat_template": template, "return_assistant_tokens_mask": marks_assistant}
-        rows = render_chats(chats, {"tools": tools, "documents": documents}, variables, flags, tokens)
-        out = self._encode(rows, options)
+        is_batched = check_conversations(conversation)
+        conversations, _ = self._normalize_conversations(conversation)
+        chats = mark_chats(conversations, is_batched, images, needs_pictures=tokenize)
+        tools = tools and [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
+        tokens = ChatTokens(
+            self.tokenizer.special_tokens_map, [*control_tokens(self.tokenizer).values()], self.image_token
+        )
+        flags = {
+            "chat_template": template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "return_assistant_tokens_mask": marks_assistant,
+        }
+        prompts = render_chats(chats, {"tools": tools, "documents": documents}, variables, flags, tokens)
+        if not tokenize:
+            return prompts if is_batched else prompts[0]
+        out = self._encode([prompt.row for prompt in prompts], options)
         return out if return_dict else out["input_ids"]
 
     def _images(self, rows: list[Row], options: dict[str, Any]) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
@@ -408,7 +407,7 @@ class TransfusionProcessor(_ProcessorBase):
         tokens: list[Token] = []
         for part in row:
             if part.kind == "text":
-                tokens += self._text_tokens(part)
+                tokens += text_tokens(self.tokenizer, part)
                 continue
             written = any(part.written)
             if part.kind == "control":
@@ -420,43 +419,10 @@ class TransfusionProcessor(_ProcessorBase):
         begins = [token for token, _ in tokens[:1]] == bos  # a chat template may have written it
         return tokens if begins else [(token, False) for token in bos] + tokens
 
-    def _text_tokens(self, part: Part) -> list[Token]:
-        marked = any(part.written)
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        encoded = self.tokenizer(part.content, return_offsets_mapping=marked, **options)
-        ids = encoded["input_ids"]
-        control = self._control_tokens()
-        if found := [control[token_id] for token_id in ids if token_id in control]:
-            raise ValueError(
-                f"The tokenizer makes the control tokens {found} from ordinary text; take a byte-level one, in whose "
-                "vocabulary no word spells a control token."
-            )
-        if not marked:
-            return [(token, False) for token in ids]
-        spans = encoded["offset_mapping"]
-        return [(token, any(part.written[start:end])) for token, (start, end) in zip(ids, spans, strict=True)]
-
-    def _control_tokens(self) -> dict[int, str]:
-        """The tokens that a text can never become, by id. An unknown word is no control token."""
-        tokenizer = self.tokenizer
-        tokens = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        tokens |= zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-        return {token_id: token for token_id, token in tokens.items() if token_id != tokenizer.unk_token_id}
-
-    def _bos(self) -> list[int]:
-        """`<bos>`, if the tokenizer itself begins texts with it."""
-        first = self.tokenizer("")["input_ids"][:1]
-        return first if first == [self.tokenizer.bos_token_id] else []
-
-    def _eos(self) -> list[int]:
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError("return_labels=True ends rows with <eos>, but the tokenizer has no eos_token; set it.")
-        return [self.tokenizer.eos_token_id]
-
     def _pad(self, rows: list[list[Token]], options: dict[str, Any]) -> dict[str, Any]:
         """Rows of tokens -> padded `input_ids`, `attention_mask`, and what else of their shape is asked for."""
         labels = options["return_labels"]
-        side = options.get("padding_side") or ("right" if labels else "left")
+        side = options.get("padding_side") or ("right" if labels else self.tokenizer.padding_side)
         length = padded_length([len(row) for row in rows], options)
         pad_token_id = self.tokenizer.pad_token_id
         if pad_token_id is None and any(len(row) < length for row in rows):
@@ -478,6 +444,14 @@ class TransfusionProcessor(_ProcessorBase):
         learned = token_id not in (self.image_token_id, self.eoi_token_id) and (written or labels is True)
         return token_id if learned else IGNORE_INDEX
 
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer's `decode`: ids -> text."""
+        return super().decode(_require_ids(token_ids), *args, **kwargs)
+
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's `batch_decode`: rows of ids -> texts."""
+        return super().batch_decode(_require_ids(sequences), *args, **kwargs)
+
     @torch.no_grad()
     def encode_images(self, pixel_values: Sequence[Any], generator: torch.Generator | None = None) -> list[Tensor]:
         """Encode normalised pixels into the latents that the model sees.
@@ -493,6 +467,11 @@ class TransfusionProcessor(_ProcessorBase):
             ValueError: A side that the VAE would round off, or a latent that is not finite.
         """
         factor = self.image_processor.vae_scale_factor
+        if isinstance(pixel_values, Image.Image) or not all(isinstance(v, Tensor | np.ndarray) for v in pixel_values):
+            raise ValueError(
+                f"pixel_values is {type(pixel_values).__name__}, not arrays or tensors alone. Make pixels of pictures "
+                "first, processor.image_processor(pictures)['pixel_values'], or call processor(images=pictures)."
+            )
         pixels = [torch.as_tensor(value) for value in pixel_values]
         for value in pixels:
             if value.dim() != 3 or value.shape[0] != 3 or value.shape[1] % factor or value.shape[2] % factor:
@@ -518,6 +497,11 @@ class TransfusionProcessor(_ProcessorBase):
         Raises:
             ValueError: Patches of another length, not finite, or not filling the grids.
         """
+        if not isinstance(latent_patches, Tensor):
+            raise ValueError(
+                f"latent_patches is a {type(latent_patches).__name__}; give one tensor (P, {self.patch_dim}), such as "
+                "torch.cat of a list. Interleaved outputs go to post_process_multimodal_output."
+            )
         if latent_patches.shape[-1] != self.patch_dim:
             raise ValueError(
                 f"latent_patches have length {latent_patches.shape[-1]}; this processor's have {self.patch_dim}, "
@@ -568,7 +552,7 @@ class TransfusionProcessor(_ProcessorBase):
             generated_outputs: The output object of `generation_mode="interleaved"`, ids (B, L), or scaled latents
                 (B, C, h, w), which `generation_mode="image"` generates.
             skip_special_tokens: Leave control tokens out of the text.
-            generation_mode: That of `generate`; `"image"` for latents. With `"interleaved"` ids give lists too.
+            generation_mode: That of `generate`. With `"interleaved"` ids give lists too.
             kwargs: Options of the tokenizer's `decode`.
 
         Returns:
@@ -581,8 +565,9 @@ class TransfusionProcessor(_ProcessorBase):
         if generation_mode not in (None, "text", "image", "interleaved"):
             raise ValueError(f"generation_mode is {generation_mode!r}; allowed: 'text', 'image', 'interleaved', None.")
         is_array = isinstance(generated_outputs, Tensor | np.ndarray)
-        if generation_mode == "image":
-            if not is_array or generated_outputs.ndim != 4:
+        is_latents = is_array and generated_outputs.ndim == 4
+        if generation_mode == "image" or (is_latents and generation_mode is None):
+            if not is_latents:
                 raise ValueError(
                     "generation_mode='image' decodes latents (B, C, h, w), which generate(generation_mode='image') "
                     "returns; leave the mode out for ids and interleaved outputs."
@@ -636,21 +621,38 @@ class TransfusionProcessor(_ProcessorBase):
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
         """Add the VAE to what `from_pretrained` makes a processor of."""
+        vae = kwargs.pop("vae", None)
         parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        return [*parts, load_vae(pretrained_model_name_or_path, kwargs.get("subfolder", ""), **options)]
+        if vae is None:
+            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            vae = load_vae(pretrained_model_name_or_path, kwargs.get("subfolder", ""), **options)
+        if vae is None and (factor := parts[0].vae_scale_factor) != 1:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no folder vae/, but its image processor is made for a VAE (its "
+                f"vae_scale_factor is {factor}). Save the processor again with its VAE, or pass it: "
+                "from_pretrained(path, vae=...)."
+            )
+        return [*parts, vae]
+
+    @classmethod
+    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' last step of `from_pretrained`; keeps the padding side that was saved or asked for."""
+        _, tokenizer, _ = args
+        side = tokenizer.init_kwargs.get("padding_side", "left")
+        made = super().from_args_and_dict(args, processor_dict, **kwargs)
+        tokenizer.padding_side = side
+        return made
 
 
-def _unknown_options(kwargs: Mapping[str, Any]) -> set[str]:
-    """Names, of options or inside of a group of them, that nothing takes."""
-    groups = TransfusionProcessorKwargs.__annotations__
-    names = {group: set(getattr(fields, "__annotations__", ())) for group, fields in groups.items()}
-    # Options of sounds and videos pass, as callers give them to every processor; not if they sound like a picture's.
-    foreign = (names["audio_kwargs"] | names["videos_kwargs"]) - set(ImagesKwargs.__annotations__)
-    unknown = set(kwargs) - {"common_kwargs", *groups} - names["text_kwargs"] - names["images_kwargs"] - foreign
-    for group in ("text_kwargs", "images_kwargs"):
-        unknown |= set(kwargs.get(group, ())) - names[group]
-    return unknown
+def _require_ids(value: Any) -> Any:
+    """Return ids, or raise a `ValueError` for what else `generate` returns."""
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, ModelOutput) or (isinstance(item, Tensor | np.ndarray) and "float" in str(item.dtype)):
+            raise ValueError(
+                f"A {type(item).__name__} of no ids cannot be decoded to text; latents and interleaved outputs go to "
+                "post_process_multimodal_output."
+            )
+    return value
 
 
 def _read_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
