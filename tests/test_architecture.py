@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 HUB_FLOORS = (
     ("autoencoder", "configuration", "diffusion", "experts", "hyper_connections", "latents", "layout", "model_card"),
     ("positions", "sharing"),
-    ("chat", "denoising", "image_processing", "inputs", "losses", "outputs", "patch_codec", "warm_start"),
-    ("interleaving",),
+    ("chat", "denoising", "image_processing", "inputs", "losses", "outputs", "patch_codec", "special_tokens"),
+    ("warm_start",),
+    ("interleaving", "processing_options"),
     ("generation",),
     ("modeling_transfusion", "processing"),
     ("pipeline",),

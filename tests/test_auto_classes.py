@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline as task_pipeline
 
 import transfusion
 from tests.test_pipeline import make_pipeline
+from tests.test_tasks import writing_pipeline
 
 
 ROOT = Path(transfusion.__file__).parents[1]
@@ -22,13 +25,13 @@ import hashlib, json, sys
 import torch
 from diffusers import DiffusionPipeline
 from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
-    pipeline,
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+    AutoModelForMultimodalLM, AutoProcessor, pipeline,
 )
 
 path = sys.argv[1]
 found = {{}}
-for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     found[auto_class.__name__] = type(auto_class.from_pretrained(path)).__name__
 for auto_class in (AutoConfig, AutoImageProcessor, AutoProcessor):
     found[auto_class.__name__] = type(auto_class.from_pretrained(path)).__name__
@@ -65,6 +68,7 @@ def test_every_loader_knows_a_checkpoint_in_a_fresh_process(imports: str, tmp_pa
     model = "TransfusionForMultimodalGeneration"
     assert found == {
         "AutoModel": model,
+        "AutoModelForCausalLM": model,
         "AutoModelForImageTextToText": model,
         "AutoModelForMultimodalLM": model,
         "AutoConfig": "TransfusionConfig",
@@ -73,3 +77,17 @@ def test_every_loader_knows_a_checkpoint_in_a_fresh_process(imports: str, tmp_pa
     }
     image = pipeline("a heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert digests == [hashlib.sha256(image.tobytes()).hexdigest()] * 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_text_generation_writes_with_the_tokenizer_alone(batch_size: int, tmp_path: Path) -> None:
+    """As evaluation harnesses do, which know causal language models."""
+    task = task_pipeline("text-generation", model=writing_pipeline(tmp_path))
+    arguments = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False, "batch_size": batch_size}
+    answers = task(["a red heart\n", "\n", "a"], **arguments)
+    assert [answer[0]["generated_text"] for answer in answers] == ["ab", "ab", "b"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = AutoTokenizer.from_pretrained(tmp_path)("a red heart\n", return_tensors="pt")
+    labels = tokens["input_ids"]
+    expected = torch.nn.functional.cross_entropy(loaded(**tokens).logits[0, :-1], labels[0, 1:])
+    torch.testing.assert_close(loaded(**tokens, labels=labels).loss, expected)

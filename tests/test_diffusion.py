@@ -27,6 +27,7 @@ from transfusion.diffusion import (
     check_scheduler,
     clean_and_noise,
     convert_prediction,
+    logger,
     make_noise_process,
     make_scheduler,
     noise_process_of,
@@ -476,6 +477,62 @@ def test_check_scheduler_takes_what_fits_and_no_more() -> None:
             check_scheduler(scheduler, "ddpm")
     with pytest.raises(ValueError, match="allowed: ddpm, flow"):
         check_scheduler(ddpm, "edm")
+
+
+def test_check_scheduler_compares_the_schedule_itself() -> None:
+    betas = torch.linspace(1e-4, 0.02, 1000).numpy()
+    with pytest.raises(ValueError, match="alphas_cumprod .* differ .* by up to 0.[0-9]+"):
+        check_scheduler(
+            diffusers.DDIMScheduler.from_config(make_scheduler("ddpm").config, trained_betas=betas), "ddpm"
+        )
+
+
+@pytest.mark.parametrize(("objective", "name"), ALL_SCHEDULERS)
+def test_check_scheduler_compares_the_length_with_the_model(objective: str, name: str) -> None:
+    scheduler = make_scheduler(objective, name, num_train_timesteps=500)
+    check_scheduler(scheduler, objective, 500)
+    with pytest.raises(ValueError, match=r"num_train_timesteps=500.*was trained on 1000.*num_train_timesteps=1000"):
+        check_scheduler(scheduler, objective, 1000)
+
+
+@pytest.mark.parametrize("option", ["invert_sigmas", "use_dynamic_shifting"])
+def test_flow_options_of_other_models_are_refused(option: str) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{option: True})
+    with pytest.raises(ValueError, match=rf"{option}=True.*from_config\(scheduler.config, {option}=False\)"):
+        check_scheduler(scheduler, "flow")
+    check_scheduler(diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **{option: False}), "flow")
+
+
+def is_warned(scheduler: Any, caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether `check_scheduler` says that steps begin at the very end."""
+    caplog.clear()
+    logger.warning_once.cache_clear()
+    check_scheduler(scheduler, "ddpm", 1000)
+    return "begins at timestep 99" in caplog.text
+
+
+def test_steps_that_begin_where_an_error_grows_most_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    leading = make_scheduler("ddpm").config
+    for _, name in ALL_SCHEDULERS[:4]:
+        for spacing, warned in (("leading", False), ("trailing", True), ("linspace", True)):
+            scheduler = getattr(diffusers, name).from_config(leading, timestep_spacing=spacing)
+            assert is_warned(scheduler, caplog) == warned, (name, spacing)
+            assert not warned or f"{name}.from_config(scheduler.config, timestep_spacing='leading')" in caplog.text
+    for name in ("DPMSolverSinglestepScheduler", "LCMScheduler", "TCDScheduler"):
+        assert is_warned(getattr(diffusers, name).from_config(leading), caplog), name
+        assert "DDIMScheduler.from_config(scheduler.config, timestep_spacing='leading')" in caplog.text
+    for name in ("EulerDiscreteScheduler", "PNDMScheduler", "HeunDiscreteScheduler"):
+        assert not is_warned(getattr(diffusers, name).from_config(leading), caplog), name
+    karras = {"use_karras_sigmas": True}  # whatever the spacing: 998
+    assert is_warned(diffusers.DPMSolverMultistepScheduler.from_config(leading, **karras), caplog)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_steps_that_clip_are_warned_of(option: str, caplog: pytest.LogCaptureFixture) -> None:
+    leading = make_scheduler("ddpm").config
+    assert not is_warned(diffusers.DDIMScheduler.from_config(leading), caplog) and "clips" not in caplog.text
+    assert not is_warned(diffusers.DDIMScheduler.from_config(leading, **{option: True}), caplog)
+    assert f"DDIMScheduler.from_config(scheduler.config, {option}=False)" in caplog.text
 
 
 MEAN, STD = 0.7, 0.4

@@ -13,8 +13,9 @@ from transformers import (
     TextStreamer,
 )
 
-from tests.tiny import make_batch, tiny_model
+from tests.tiny import document, make_batch, tiny_model
 from tests.tiny_processor import tiny_tokenizer
+from transfusion.diffusion import make_scheduler
 from transfusion.latents import patchify
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
@@ -110,8 +111,55 @@ def test_a_cache_is_continued_with_the_new_images_alone() -> None:
     cache = turn.past_key_values
     continued = model.generate(ids, past_key_values=copy.deepcopy(cache), **new, **arguments)
     assert continued.tolist() == model.generate(ids, **both, **arguments).tolist()
-    with pytest.raises(ValueError, match="1 runs of image placeholders"):
-        model.generate(ids, past_key_values=cache, **both, **arguments)
+
+
+def test_a_cache_is_continued_with_all_images_of_a_chat() -> None:
+    model = random_writer()
+    first = make_batch([[5, (2, 2), 6], [(1, 2), 8, (1, 1)]])
+    first["input_ids"][1] = first["input_ids"][1].roll(1)  # padded on the left, as prompts are
+    first["attention_mask"] = first["input_ids"].ne(0).long()
+    turn = model.generate(**first, return_dict_in_generate=True, max_new_tokens=4, do_sample=False)
+    more = torch.tensor([[7, BOI, PATCH, PATCH, EOI, 8], [9, 10, BOI, PATCH, EOI, 7]])
+    ids = torch.cat([turn.sequences, more], dim=1)
+    images = {
+        "latent_patches": torch.cat([make_batch([[(1, 2)]], seed=seed)["latent_patches"] for seed in range(5)]),
+        "image_grids": torch.tensor([[2, 2], [1, 2], [1, 2], [1, 1], [1, 1]]),
+    }
+    images["latent_patches"][:4], images["latent_patches"][6:9] = first["latent_patches"].split([4, 3])
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 10, dtype=torch.long)], dim=1)
+    arguments = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    arguments["return_dict_in_generate"] = True
+    expected = model.generate(ids, **images, **arguments)
+    continued = model.generate(ids, past_key_values=copy.deepcopy(turn.past_key_values), **images, **arguments)
+    torch.testing.assert_close(continued.logits, expected.logits, atol=1e-6, rtol=1e-6)
+    turn.past_key_values.crop(3 - turn.past_key_values.get_seq_length())  # the pictures that begin before are cut
+    with pytest.raises(ValueError, match="past_key_values end at position 3, within an image"):
+        model.generate(ids, past_key_values=turn.past_key_values, **images, **arguments)
+
+
+def test_a_cache_is_continued_with_the_new_ids_alone() -> None:
+    """Their images are new, wherever they stand; the mask is that of all."""
+    model, images = random_writer(), make_batch([[(2, 2)]])
+    del images["input_ids"], images["attention_mask"]
+    turn = model.generate(torch.tensor([[5, 6]]), return_dict_in_generate=True, max_new_tokens=4, do_sample=False)
+    cache, past = turn.past_key_values, turn.sequences[:, :-1]
+    new = torch.cat([turn.sequences[:, -1:], torch.tensor([document(7, (2, 2), 8)])], dim=1)
+    whole = torch.cat([past, new], dim=1)
+    assert cache.get_seq_length() == past.shape[1] < new.shape[1]
+    options = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 4, "do_sample": False, **images}
+    written = model.generate(new, past_key_values=cache, **options)
+    assert torch.equal(written[:, new.shape[1] :], model.generate(whole, **options)[:, whole.shape[1] :])
+
+
+def test_all_images_of_a_chat_may_come_where_none_is_new() -> None:
+    model, batch = random_writer(), make_batch([[5, (2, 2), 6]])
+    images = {name: batch[name] for name in ("latent_patches", "image_grids")}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+        first = model.generate(**batch, past_key_values=cache, **options)
+        longer = torch.cat([first, torch.tensor([[11, 12]])], dim=1)
+        written = model.generate(longer, past_key_values=cache, **images, **options)
+        assert torch.equal(written, model.generate(longer, **images, **options))
 
 
 def test_generate_images_appends_begin_of_image_where_it_is_absent(model: TransfusionForMultimodalGeneration) -> None:
@@ -207,11 +255,17 @@ REFUSED = [
     ({"scheduler": "NoScheduler"}, "NoScheduler"),
     ({"scheduler": "DDIMScheduler"}, "DDIMScheduler"),
     ({"num_inference_steps": 0}, "num_inference_steps=0"),
+    ({"num_inference_steps": True}, "num_inference_steps=True"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    ({"guidance_scale": "3"}, "guidance_scale='3'; give a finite number"),
+    ({"guidance_scale": True}, "guidance_scale=True"),
     ({"attention_mask": torch.ones(1, 2)}, "attention_mask has shape (1, 2)"),
     ({"latent_patches": torch.zeros(1, 12)}, "Of latent_patches and image_grids one is None"),
     ({"image_grids": (100, 100)}, "10002"),
     ({"image_grids": (0, 3)}, "(0, 3)"),
+    ({"image_grids": (2.0, 3.0)}, "image_grids=(2.0, 3.0) is not (rows, columns)"),
+    ({"image_grids": "2x3"}, "image_grids=2x3 is not (rows, columns)"),
+    ({"image_grids": [(1,), (1, 2)]}, "is not (rows, columns)"),
     ({"image_grids": [(1, 1), (1, 2)]}, "nor 1 of these"),
     ({"generator": [None, None]}, "list of 2 for 1 images"),
     ({"latents": torch.zeros(3, 12)}, "(3, 12)"),
@@ -237,6 +291,10 @@ def test_refuses_bad_modes(batch: dict[str, Tensor]) -> None:
         model.generate(ids, guidance_scale=2.0)
     with pytest.raises(ValueError, match="image_grids cannot work in text mode"):
         model.generate(ids, image_grids=(2, 2))
+    with pytest.raises(ValueError, match="max_images=True"):
+        model.generate(ids, generation_mode="interleaved", max_images=True)
+    with pytest.raises(ValueError, match="num_return_sequences=0"):
+        model.generate(ids, generation_mode="image", num_return_sequences=0)
     with pytest.raises(ValueError, match=r"prompts of rows \[1\] are empty"):
         mask = torch.tensor([[1], [0]])
         model.generate(torch.tensor([[5], [0]]), attention_mask=mask, generation_mode="interleaved")
@@ -257,13 +315,11 @@ NOT_DRAWING = [
     {"prefill_chunk_size": 2},
     {"synced_gpus": True},
     {"custom_generate": print},
-    {"labels": torch.zeros(1, 1)},
 ]
 NOT_IMAGES = [
     {"streamer": TextStreamer(tiny_tokenizer())},
     {"logits_processor": LogitsProcessorList()},
     {"prefix_allowed_tokens_fn": print},
-    {"return_dict_in_generate": True},
     {"output_scores": True},
     {"max_images": 1},
     {"generation_config": GenerationConfig(num_beams=2)},
@@ -281,6 +337,89 @@ def test_options_that_cannot_draw_are_refused(mode: str, option: dict) -> None:
 def test_options_that_choose_tokens_are_refused_where_none_is_chosen(option: dict) -> None:
     with pytest.raises(ValueError, match="generation_mode='image' works without it"):
         tiny_model(objective="flow").generate(torch.tensor([[5]]), generation_mode="image", **option)
+
+
+FOREIGN = [
+    ("negative_prompt_ids", "negative_input_ids"),
+    ("negative_prompt_attention_mask", "negative_attention_mask"),
+    ("negative_prompt", "negative_input_ids"),
+    ("pixel_values", "latent_patches and image_grids"),
+    ("height", "output_image_grids"),
+    ("image_size", "output_image_grids"),
+    ("callback_on_step_end", "callback"),
+    ("noise", "latents"),
+    ("seed", "generator"),
+]
+
+
+@pytest.mark.parametrize(("name", "ours"), FOREIGN, ids=[name for name, _ in FOREIGN])
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_names_of_other_libraries_are_answered_by_ours(mode: str, name: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is unknown to this model's generate; .*{ours}"):
+        tiny_model(objective="flow").generate(torch.tensor([[5]]), generation_mode=mode, **{name: torch.ones(1, 1)})
+
+
+def test_image_mode_says_what_it_returns() -> None:
+    config = GenerationConfig(return_dict_in_generate=True)
+    for options in ({"return_dict_in_generate": True}, {"generation_config": config}):
+        with pytest.raises(ValueError, match=r"returns a tensor \(B, C, H, W\).*generate_images"):
+            tiny_model(objective="flow").generate(torch.tensor([[5]]), generation_mode="image", **options)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_what_a_batch_holds_for_training_is_not_read(mode: str) -> None:
+    model, batch = tiny_model(objective="flow"), make_batch([[5, (2, 2), 6]])
+    options = {"generation_mode": mode, "max_new_tokens": 2, "do_sample": False}
+    options |= {} if mode == "text" else {"output_image_grids": (1, 2), "num_inference_steps": 1}
+    further = {"labels": batch["input_ids"], "mm_token_type_ids": batch["input_ids"].eq(PATCH).long()}
+    torch.manual_seed(0)
+    expected = model.generate(**batch, **options)
+    torch.manual_seed(0)
+    written = model.generate(**batch, **further, **options)
+    assert torch.equal(written, expected) if mode != "interleaved" else written.sequences.equal(expected.sequences)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_pictures_without_a_prompt_are_answered(mode: str) -> None:
+    batch = make_batch([[5, (2, 2), 6]])
+    images = {name: batch[name] for name in ("latent_patches", "image_grids")}
+    with pytest.raises(ValueError, match=r"latent_patches came without input_ids.*<image>"):
+        tiny_model(objective="flow").generate(**images, generation_mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_patches_of_images_lie_flat(mode: str) -> None:
+    batch = make_batch([[5, (2, 2), 6]])
+    stacked = {**batch, "latent_patches": batch["latent_patches"][None]}
+    with pytest.raises(ValueError, match=r"latent_patches has shape \(1, 4, 12\).*TransfusionDataCollator"):
+        tiny_model(objective="flow").generate(**stacked, generation_mode=mode, num_beams=1)
+    with pytest.raises(ValueError, match="TransfusionDataCollator"):
+        tiny_model(objective="flow").generate_images(**stacked)
+
+
+def test_the_mode_may_stand_in_a_generation_config() -> None:
+    """The call's keyword wins, then the given config, then the model's."""
+    model, ids = tiny_model(objective="flow"), torch.tensor([[5, 6]])
+    options = {"num_inference_steps": 1, "output_image_grids": (1, 2)}
+    image, text = GenerationConfig(generation_mode="image"), GenerationConfig(generation_mode="text", max_new_tokens=2)
+    assert model.generate(ids, generation_config=image, **options).shape == (1, 3, 2, 4)
+    assert model.generate(ids, text, generation_mode="image", **options).ndim == 4
+    model.generation_config.generation_mode = "image"
+    assert model.generate(ids, **options).ndim == 4
+    assert model.generate(ids, generation_config=text).shape == (1, 4)
+    with pytest.raises(ValueError, match="generation_mode='video'"):
+        model.generate(ids, GenerationConfig(generation_mode="video"))
+
+
+def test_a_negative_guidance_scale_leads_away_from_the_prompt() -> None:
+    assert tiny_model(objective="flow").prepare_drawing(guidance_scale=-3).guidance_scale == -3.0
+
+
+def test_schedulers_of_another_length_are_refused(objective: str) -> None:
+    scheduler = make_scheduler(objective, num_train_timesteps=500)
+    with pytest.raises(ValueError, match="num_train_timesteps=500"):
+        tiny_model(objective=objective).prepare_drawing(scheduler=scheduler)
+    assert tiny_model(objective=objective, num_train_timesteps=500).prepare_drawing(scheduler=scheduler)
 
 
 def test_methods_that_are_neither_greedy_nor_sampling_cannot_draw() -> None:

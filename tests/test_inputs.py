@@ -124,6 +124,19 @@ def test_refuses_wrong_channels() -> None:
     refuse(batch, "(2, 16)", "latent_channels=3", "patch_size=2")
 
 
+def test_patches_of_images_lie_flat_and_grids_are_whole_numbers(batch: dict[str, Tensor]) -> None:
+    refuse({**batch, "latent_patches": torch.zeros(2, 6, 12)}, "(2, 6, 12)", "concatenate", "TransfusionDataCollator")
+    refuse({**batch, "image_grids": batch["image_grids"].double()}, "image_grids has dtype torch.float64")
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "pixel_attention_mask", "image_sizes", "images"])
+def test_pictures_under_the_names_of_other_models_are_refused(batch: dict[str, Tensor], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: .*latent_patches and image_grids.*processor"):
+        tiny_model()(torch.tensor([[5]]), **{name: torch.zeros(1, 3, 4, 4)})
+    for harmless in ({name: None}, {"image_id": 7}):
+        assert tiny_model()(torch.tensor([[5]]), **harmless).logits is not None
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["latent_patches", "noise"])
 def test_refuses_values_that_are_not_finite(batch: dict[str, Tensor], name: str, value: float) -> None:

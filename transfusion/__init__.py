@@ -10,6 +10,7 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -30,7 +31,7 @@ from .tasks import register_tasks
 __version__ = "0.1.0"
 
 AutoConfig.register("transfusion", TransfusionConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(TransfusionConfig, TransfusionForMultimodalGeneration, exist_ok=True)
 AutoImageProcessor.register(
     TransfusionConfig, image_processor_classes={"pil": TransfusionImageProcessor}, exist_ok=True

@@ -7,6 +7,7 @@ A noisy latent is always `x_t = alpha * x_0 + sigma * noise`. Shapes: latents (N
 Scales are computed in float32 at least, whatever the dtype of the latents, and results come in the dtype of `x_0`.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 PREDICTION_TYPES = ("noise", "clean", "v", "velocity")
 SCHEDULERS = {
@@ -25,6 +29,11 @@ SCHEDULERS = {
 # Nichol & Dhariwal 2021 (arXiv:2102.09672), section 3.2.
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
+
+# How far a scheduler's alphas_cumprod may be from the cosine schedule; one rescaled to end in pure noise is by 5e-5.
+SCHEDULE_TOLERANCE = 1e-3
+# Sampling should not begin below this alpha: that of timestep 997 of 1000.
+LOWEST_ALPHA = 0.003
 
 
 def clean_and_noise(
@@ -391,11 +400,20 @@ def make_scheduler(
     )
 
 
-def check_scheduler(scheduler: Any, objective: str) -> None:
+def check_scheduler(scheduler: Any, objective: str, num_train_timesteps: int | None = None) -> None:
     """Refuse a diffusers `scheduler` that takes another prediction, or another path of noise, than `objective` gives.
 
+    A `ddpm` scheduler whose steps begin at the very end of the schedule fits, but magnifies errors, and one that clips
+    fits pixels, but not latents; both are warned of.
+
+    Args:
+        scheduler: The scheduler.
+        objective: `"ddpm"` or `"flow"`.
+        num_train_timesteps: Length of the model's schedule, which the scheduler's must be; None compares none.
+
     Raises:
-        ValueError: The prediction type or the noise schedule does not fit, or `objective` is unknown.
+        ValueError: The prediction type, the noise schedule or its length does not fit, an option moves the noise
+            levels away from the timesteps, or `objective` is unknown.
     """
     _check_objective(objective)
     config, name = scheduler.config, type(scheduler).__name__
@@ -411,6 +429,65 @@ def check_scheduler(scheduler: Any, objective: str) -> None:
             f"{objective} has {expected[0]!r} on {expected[1]!r}; make one with make_scheduler({objective!r}), or "
             "with from_config from the scheduler saved beside the model."
         )
+    if num_train_timesteps not in (None, config["num_train_timesteps"]):
+        raise ValueError(
+            f"{name} has num_train_timesteps={config['num_train_timesteps']}, but the model was trained on "
+            f"{num_train_timesteps}; take {name}.from_config(scheduler.config, num_train_timesteps="
+            f"{num_train_timesteps})."
+        )
+    if objective == "flow":
+        _check_flow_options(scheduler)
+    else:
+        _check_cosine_schedule(scheduler)
+        _warn_of_the_very_end(scheduler)
+        _warn_of_clipping(scheduler)
+
+
+def _check_flow_options(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    for option in ("invert_sigmas", "use_dynamic_shifting"):
+        if scheduler.config.get(option):
+            raise ValueError(
+                f"{name} has {option}=True, with which this model's latents cannot be denoised; take "
+                f"{name}.from_config(scheduler.config, {option}=False)."
+            )
+
+
+def _check_cosine_schedule(scheduler: Any) -> None:
+    found = scheduler.alphas_cumprod.double().cpu()
+    alpha, _ = DDPM(len(found)).scales(torch.arange(len(found)), torch.float64)
+    if (difference := float((found - alpha**2).abs().max())) > SCHEDULE_TOLERANCE:
+        raise ValueError(
+            f"alphas_cumprod of {type(scheduler).__name__} differ from the cosine schedule of the objective ddpm by "
+            f"up to {difference:.3f}; make a scheduler with make_scheduler('ddpm')."
+        )
+
+
+def _warn_of_the_very_end(scheduler: Any) -> None:
+    """Warn where the first step is one of alpha near 0; see `make_scheduler`."""
+    probe = copy.deepcopy(scheduler)
+    probe.set_timesteps(min(10, (scheduler.config["num_train_timesteps"] + 1) // 2))
+    first = int(probe.timesteps[0])
+    if (alpha := float(probe.alphas_cumprod[first].sqrt())) >= LOWEST_ALPHA:
+        return
+    name = type(scheduler).__name__
+    has_spacing = scheduler.config.get("timestep_spacing") in ("linspace", "trailing")
+    logger.warning_once(
+        f"{name} begins at timestep {first}, where it divides errors of the prediction by {alpha:.1g}, and may draw "
+        f"nothing but noise. Take {name if has_spacing else 'DDIMScheduler'}.from_config(scheduler.config, "
+        "timestep_spacing='leading')."
+    )
+
+
+def _warn_of_clipping(scheduler: Any) -> None:
+    """Warn where every step clips to [-1, 1], as DDIM and DDPM do by default: right for pixels, wrong for latents."""
+    name = type(scheduler).__name__
+    for option in ("clip_sample", "thresholding"):
+        if scheduler.config.get(option):
+            logger.warning_once(
+                f"{name} has {option}=True and clips each step, which spoils latents. Unless pixels are the latents, "
+                f"take {name}.from_config(scheduler.config, {option}=False)."
+            )
 
 
 def _check_objective(objective: str) -> None:

@@ -6,6 +6,7 @@ V vocabulary.
 
 import copy
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from .configuration import TransfusionConfig
 from .denoising import Document, Drawing, Grid, StepCallback, draw_images, draw_noise, read_documents
 from .diffusion import check_scheduler, make_scheduler
+from .inputs import check_image_shapes, drop_cached_images
 from .interleaving import (
     InterleavedDecoder,
     TransfusionGenerateOutput,
@@ -56,8 +58,6 @@ NOT_WHILE_DRAWING: dict[str, tuple[Any, ...]] = {
     "position_ids": (None,),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "negative_prompt_ids": (None,),
-    "negative_prompt_attention_mask": (None,),
     "token_healing": (None, False),
     "custom_generate": (None,),
     "synced_gpus": (None, False),
@@ -69,11 +69,50 @@ NOT_FOR_IMAGES = NOT_WHILE_DRAWING | {
     "logits_processor": (None,),
     "stopping_criteria": (None,),
     "prefix_allowed_tokens_fn": (None,),
-    "return_dict_in_generate": (None, False),
     "output_scores": (None, False),
     "output_logits": (None, False),
     "max_images": (None,),
 }
+
+# What stands in every batch of a training. transformers does not read labels here, and the ids say what is a patch.
+NOT_READ = ("labels", "mm_token_type_ids")
+
+_PATCHES = "latent_patches and image_grids, which the processor makes of pictures"
+_GRIDS = "output_image_grids=(rows, columns) of patches, or a size token at the end of the prompt"
+# Arguments of other libraries, and of text guidance, by what stands for them here.
+INSTEAD = {
+    "callback_on_step_end": "callback, which gets (step, timestep, noisy patches)",
+    "height": _GRIDS,
+    "image": _PATCHES,
+    "image_grid": _GRIDS,
+    "image_latents": "latents",
+    "image_size": _GRIDS,
+    "image_sizes": _PATCHES,
+    "images": _PATCHES,
+    "negative_prompt": "negative_input_ids",
+    "negative_prompt_attention_mask": "negative_attention_mask, as images alone are guided",
+    "negative_prompt_ids": "negative_input_ids, as images alone are guided",
+    "noise": "latents",
+    "num_images_per_prompt": "num_return_sequences",
+    "pixel_attention_mask": _PATCHES,
+    "pixel_values": _PATCHES,
+    "prompt": "input_ids, which the processor makes of texts",
+    "seed": "generator=torch.Generator().manual_seed(...)",
+    "width": _GRIDS,
+}
+
+
+def refuse_foreign_names(options: dict[str, Any]) -> None:
+    """Raise a ValueError where `options` have a name of another library, saying what it is called here."""
+    for name, ours in INSTEAD.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is unknown to this model's generate; give {ours}.")
+
+
+def check_count(name: str, value: Any, lowest: int) -> None:
+    """Raise a ValueError unless `value` is an integer of `lowest` or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < lowest:
+        raise ValueError(f"{name}={value!r}; give an integer of {lowest} or more.")
 
 
 def refuse_options(mode: str, options: dict[str, Any], refused: dict[str, tuple[Any, ...]]) -> None:
@@ -175,24 +214,25 @@ class TransfusionGenerationMixin(GenerationMixin):
         `scheduler` is a diffusers scheduler, the name of one, or None for the objective's default.
         """
         default_steps, default_scale = SAMPLING_DEFAULTS[self.config.objective]
-        for config in (generation_config, self.generation_config):
-            if config is not None and num_inference_steps is None:
-                num_inference_steps = getattr(config, "num_inference_steps", None)
-            if config is not None and guidance_scale is None:
-                guidance_scale = config.guidance_scale
-        num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = default_scale if guidance_scale is None else guidance_scale
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps!r}; give an integer of 1 or more.")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale!r}; give a finite number, 1 for no guidance.")
+        steps = self._setting("num_inference_steps", num_inference_steps, generation_config, default_steps)
+        scale = self._setting("guidance_scale", guidance_scale, generation_config, default_scale)
+        check_count("num_inference_steps", steps, 1)
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale={scale!r}; give a finite number, 1 for no guidance.")
         if scheduler is None or isinstance(scheduler, str):
             shift = self.config.timestep_shift if self.config.objective == "flow" else 1.0  # ddpm draws uniformly
             scheduler = make_scheduler(
                 self.config.objective, scheduler, shift=shift, num_train_timesteps=self.config.num_train_timesteps
             )
-        check_scheduler(scheduler, self.config.objective)
-        return Drawing(scheduler, num_inference_steps, float(guidance_scale), callback)
+        check_scheduler(scheduler, self.config.objective, self.config.num_train_timesteps)
+        return Drawing(scheduler, int(steps), float(scale), callback)
+
+    def _setting(self, name: str, given: Any, generation_config: GenerationConfig | None, default: Any) -> Any:
+        """`given`, or else `name` of `generation_config`, or of the model's, or else the `default`."""
+        for config in (generation_config, self.generation_config):
+            if given is None and config is not None:
+                given = getattr(config, name, None)  # absent where the config is of another model
+        return default if given is None else given
 
     @torch.no_grad()
     def generate_images(
@@ -262,6 +302,8 @@ class TransfusionGenerationMixin(GenerationMixin):
     ) -> tuple[list[Document], list[Grid]]:
         """The prompts, each ending in begin-of-image, and the grid of what is drawn after each."""
         check_batch(input_ids)
+        if latent_patches is not None and image_grids is not None:
+            check_image_shapes(self.config, latent_patches, image_grids)
         documents = read_documents(
             input_ids, attention_mask, latent_patches, image_grids if latent_patches is not None else None, self.config
         )
@@ -318,7 +360,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
-        generation_mode: str = "text",
+        generation_mode: str | None = None,
         image_grids: Any = None,
         output_image_grids: Any = None,
         num_inference_steps: int | None = None,
@@ -340,13 +382,15 @@ class TransfusionGenerationMixin(GenerationMixin):
                 latents, (B * num_return_sequences, C, H, W) in float32; it also takes `negative_input_ids`,
                 `negative_attention_mask`, `latents` and `callback`. It chooses no token, so `max_new_tokens` and the
                 settings of sampling are not read. `"interleaved"` draws whenever begin-of-image is chosen, by greedy
-                decoding or sampling, and always returns a `TransfusionGenerateOutput`.
+                decoding or sampling, and always returns a `TransfusionGenerateOutput`. By default that of the
+                generation config, given or the model's, or else `"text"`.
             image_grids, output_image_grids: Where the config has size tokens, the model chooses the grid of each image
                 in interleaved mode by the token it begins it with, unless one is named here.
             num_inference_steps, guidance_scale, scheduler: How to draw.
             generator: One for all images, or one for each returned row.
             max_images: In interleaved mode, how many images a row may draw; after these it writes on without.
-            kwargs: Everything else that transformers takes.
+            kwargs: Everything else that transformers takes. Beside `past_key_values` come all images of the prompts,
+                or those alone that are not in the cache.
 
         In interleaved mode patches and end-of-image tokens do not count in `max_new_tokens`, and an image that was
         begun is always finished and closed, also where begin-of-image is the last token or `max_time` is over. No
@@ -356,28 +400,26 @@ class TransfusionGenerationMixin(GenerationMixin):
         Raises:
             ValueError: An unknown mode, drawing arguments in text mode, an option that cannot work with images, a
                 named grid that the size token at the end of a prompt contradicts, images of different grids in image
-                mode.
+                mode, a name of another library.
         """
-        if generation_mode not in GENERATION_MODES:
-            raise ValueError(
-                f"generation_mode={generation_mode!r}; allowed: {', '.join(map(repr, GENERATION_MODES))}."
-            )
-        has_images = kwargs.get("latent_patches") is not None
+        mode = self._setting("generation_mode", generation_mode, generation_config, "text")
+        if mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode={mode!r}; allowed: {', '.join(map(repr, GENERATION_MODES))}.")
+        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_READ}
+        has_images = self._check_inputs(inputs, image_grids, kwargs)
         prompt_grids = {"image_grids": image_grids} if has_images else {}
-        drawing = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "scheduler": scheduler,
-            "generator": generator,
-        }
+        drawing: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        drawing |= {"scheduler": scheduler, "generator": generator}
         custom = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        if generation_mode == "text":
+        if mode == "text":
             named = {"image_grids": None if has_images else image_grids, "output_image_grids": output_image_grids}
             self._refuse_drawing({**named, **drawing, "max_images": max_images}, kwargs)
+            if has_images:
+                kwargs |= self._new_images(inputs, image_grids, **kwargs)
             # Embeddings first: transformers reads the batch size off the first tensor, and patches lie flat.
             embedded = {name: kwargs.pop(name) for name in ("inputs_embeds",) if name in kwargs}
-            return super().generate(inputs, generation_config, **custom, **embedded, **prompt_grids, **kwargs)
-        if generation_mode == "image":
+            return super().generate(inputs, generation_config, **custom, **embedded, **kwargs)
+        if mode == "image":
             refuse_options("image", {**custom, "max_images": max_images, **kwargs}, NOT_FOR_IMAGES)
             arguments = {"image_grids": image_grids, **drawing, **kwargs}
             return self._generate_latents(inputs, generation_config, output_image_grids, **arguments)
@@ -390,6 +432,42 @@ class TransfusionGenerationMixin(GenerationMixin):
         decoder = InterleavedDecoder(settings, grids, generator, gate, kwargs.pop("streamer", None), max_images)
         custom["logits_processor"] = LogitsProcessorList([*(logits_processor or []), gate])
         return super().generate(inputs, generation_config, **custom, custom_generate=decoder, **prompt_grids, **kwargs)
+
+    def _check_inputs(self, inputs: Tensor | None, image_grids: Any, kwargs: dict[str, Any]) -> bool:
+        """Refuse what does not fit in any mode; say whether there are images in the prompts."""
+        refuse_foreign_names(kwargs)
+        latent_patches = kwargs.get("latent_patches")
+        if latent_patches is None:
+            return False
+        if all(prompts is None for prompts in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))):
+            raise ValueError(
+                "latent_patches came without input_ids, as the processor gives them for pictures without a text; "
+                'give processor(text="<image>", images=...).'
+            )
+        if image_grids is not None:
+            check_image_shapes(self.config, latent_patches, image_grids)
+        return True
+
+    def _new_images(
+        self,
+        inputs: Tensor | None,
+        image_grids: Any,
+        latent_patches: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The images of the prompts that are not in the cache yet: `latent_patches` and `image_grids`."""
+        images = latent_patches, image_grids
+        input_ids = inputs if input_ids is None else input_ids
+        if past_key_values is not None and input_ids is not None and image_grids is not None:
+            length, past_length = input_ids.shape[1], int(past_key_values.get_seq_length())
+            # Ids that are shorter than their mask are the new ones alone.
+            is_whole = attention_mask is None or attention_mask.shape[1] == length
+            if is_whole and 0 < past_length < length:
+                images = drop_cached_images(self.config, input_ids, *images, past_length)
+        return dict(zip(("latent_patches", "image_grids"), images, strict=True))
 
     def _refuse_drawing(self, arguments: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Refuse arguments that only drawing reads."""
@@ -404,8 +482,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], max_images: int | None
     ) -> None:
         """Refuse what the interleaved loop would not do, of the call's options and of the generation config's."""
-        if max_images is not None and (not isinstance(max_images, int) or max_images < 0):
-            raise ValueError(f"max_images={max_images!r}; give an integer of 0 or more.")
+        if max_images is not None:
+            check_count("max_images", max_images, 0)
         config, inputs = self._prepare_generation_config(generation_config, **kwargs)
         refuse_options("interleaved", {**config.to_dict(), **kwargs}, NOT_WHILE_DRAWING)
         if (method := config.get_generation_mode()) not in ("greedy_search", "sample"):
@@ -442,6 +520,11 @@ class TransfusionGenerationMixin(GenerationMixin):
         check_batch(input_ids)
         config = GenerationConfig() if generation_config is None else generation_config
         refuse_options("image", config.to_dict(), NOT_FOR_IMAGES)
+        if kwargs.pop("return_dict_in_generate", None) or config.return_dict_in_generate:
+            raise ValueError(
+                "return_dict_in_generate=True: generation_mode='image' returns a tensor (B, C, H, W) of latents. "
+                "Leave it out, or call generate_images, which returns an object with patches and grids."
+            )
         names = ("num_inference_steps", "guidance_scale", "scheduler", "generator", "latents", "callback")
         drawing = {name: kwargs.pop(name, None) for name in names}
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in config.to_dict()]:
@@ -450,7 +533,9 @@ class TransfusionGenerationMixin(GenerationMixin):
             prepared = copy.copy(self.generation_config)
             self._prepare_special_tokens(prepared, False, device=input_ids.device, batch_size=len(input_ids))
             attention_mask = self._prepare_attention_mask_for_generation(input_ids, prepared, {})
-        copies = num_return_sequences or config.num_return_sequences or 1
+        copies = config.num_return_sequences if num_return_sequences is None else num_return_sequences
+        copies = 1 if copies is None else copies
+        check_count("num_return_sequences", copies, 1)
         has_images = latent_patches is not None
         input_ids, prompts = self._expand_inputs_for_generation(
             copies,

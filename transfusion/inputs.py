@@ -4,13 +4,29 @@ Shapes: B rows, L positions, N images of the whole batch in reading order, P pat
 """
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration import TransfusionConfig
-from .latents import image_block_ids
+from .latents import image_block_ids, split_images
+
+
+# How the names begin under which other models take pictures.
+PICTURE_NAMES = ("pixel_", "images", "image_embeds", "image_grid", "image_sizes")
+
+
+def refuse_pictures(kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError where pictures come under a name that other models take, as `forward` would drop them."""
+    names = [name for name, value in kwargs.items() if value is not None]
+    if given := [name for name in names if name.startswith(PICTURE_NAMES)]:
+        raise ValueError(
+            f"{', '.join(given)}: this model does not read this. It takes pictures as latent_patches and image_grids, "
+            "which its processor makes of them: processor(text=..., images=...)."
+        )
 
 
 def check_inputs(
@@ -51,6 +67,29 @@ def check_inputs(
         check_placeholders(config, input_ids, image_grids)
 
 
+def check_image_shapes(config: TransfusionConfig, latent_patches: Tensor, image_grids: Tensor | None) -> None:
+    """Raise a ValueError unless `latent_patches` is (P, D), and `image_grids` (N, 2) of whole numbers."""
+    if latent_patches.ndim == 3:
+        raise ValueError(
+            f"latent_patches has shape {tuple(latent_patches.shape)}; the patches of all images of a batch lie flat, "
+            f"(patches, {config.patch_dim}), as images differ in size: concatenate latent_patches and image_grids of "
+            "the rows, or let TransfusionDataCollator do it."
+        )
+    if latent_patches.ndim != 2 or latent_patches.shape[1] != config.patch_dim:
+        raise ValueError(
+            f"latent_patches has shape {tuple(latent_patches.shape)}; this model takes (patches, {config.patch_dim}): "
+            f"latent_channels={config.latent_channels} times patch_size={config.patch_size} squared. "
+            "Take a VAE and a processor with these, or a model with theirs."
+        )
+    if not isinstance(image_grids, Tensor) or image_grids.ndim != 2 or image_grids.shape[1] != 2:
+        shape = tuple(image_grids.shape) if isinstance(image_grids, Tensor) else image_grids
+        raise ValueError(
+            f"image_grids has shape {shape}; give a tensor (images, 2): rows and columns of patches of each."
+        )
+    if image_grids.is_floating_point():
+        raise ValueError(f"image_grids has dtype {image_grids.dtype}; give whole numbers, as image_grids.long() does.")
+
+
 def check_patches(
     config: TransfusionConfig,
     latent_patches: Tensor,
@@ -60,15 +99,8 @@ def check_patches(
     image_loss_mask: Tensor | None,
 ) -> None:
     """Check shapes and values of the images by themselves; raise a ValueError that says what to change."""
-    if latent_patches.ndim != 2 or latent_patches.shape[1] != config.patch_dim:
-        raise ValueError(
-            f"latent_patches has shape {tuple(latent_patches.shape)}; this model takes (patches, {config.patch_dim}): "
-            f"latent_channels={config.latent_channels} times patch_size={config.patch_size} squared. "
-            "Take a VAE and a processor with these, or a model with theirs."
-        )
-    if image_grids is None or image_grids.ndim != 2 or image_grids.shape[1] != 2:
-        shape = None if image_grids is None else tuple(image_grids.shape)
-        raise ValueError(f"image_grids has shape {shape}; give (images, 2): rows and columns of patches of each.")
+    check_image_shapes(config, latent_patches, image_grids)
+    assert image_grids is not None  # for type checkers
     rows_times_columns = image_grids.prod(dim=1).tolist()
     if bool((image_grids < 1).any()) or sum(rows_times_columns) != latent_patches.shape[0]:
         raise ValueError(
@@ -126,6 +158,32 @@ def _check_size_tokens(config: TransfusionConfig, input_ids: Tensor, image_grids
             )
 
 
+def drop_cached_images(
+    config: TransfusionConfig, input_ids: Tensor, latent_patches: Tensor, image_grids: Tensor, past_length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of all images of `input_ids` (B, L), those beyond its first `past_length` positions, whose keys are cached.
+
+    So a chat may be continued with all that a processor makes of it. Where only the new images came, they stay.
+
+    Raises:
+        ValueError: The cache ends within an image.
+    """
+    is_patch = input_ids == config.image_token_id
+    if (is_patch[:, past_length - 1] & is_patch[:, past_length]).any():
+        raise ValueError(
+            f"past_key_values end at position {past_length}, within an image; crop them to where it begins, or leave "
+            "them out."
+        )
+    starts = (is_patch & ~F.pad(is_patch, (1, 0))[:, :-1]).nonzero()[:, 1].tolist()
+    if len(starts) != len(image_grids):
+        return latent_patches, image_grids
+    new = [index for index, start in enumerate(starts) if start >= past_length]
+    if not new:
+        return None, None
+    images = split_images(latent_patches, image_grids)
+    return torch.cat([images[index] for index in new]), image_grids[new]
+
+
 def images_without_prior_text(input_ids: Tensor, attention_mask: Tensor | None, config: TransfusionConfig) -> Tensor:
     """(N,) in reading order: True for an image before which its row of `input_ids` (B, L) has no text.
 
@@ -162,4 +220,13 @@ def learned_labels(input_ids: Tensor | None, labels: Tensor, config: Transfusion
     return targets.masked_fill(unlearned, -100)
 
 
-__all__ = ["check_inputs", "check_patches", "check_placeholders", "images_without_prior_text", "learned_labels"]
+__all__ = [
+    "check_image_shapes",
+    "check_inputs",
+    "check_patches",
+    "check_placeholders",
+    "drop_cached_images",
+    "images_without_prior_text",
+    "learned_labels",
+    "refuse_pictures",
+]

@@ -119,10 +119,14 @@ def list_grids(image_grids: Any, num_rows: int, config: TransfusionConfig) -> li
     """The grid that is named for each row: `image_grids` is one (rows, columns), one for each row, or None."""
     if image_grids is None:
         return [None] * num_rows
-    table = torch.as_tensor(image_grids)
-    table = table.expand(num_rows, 2) if table.ndim == 1 else table
+    wrong = ValueError(f"image_grids={image_grids} is not (rows, columns), nor {num_rows} of these; give integers.")
+    try:
+        table = torch.as_tensor(image_grids)
+    except (TypeError, ValueError):
+        raise wrong from None
+    table = table.expand(num_rows, 2) if table.shape == (2,) else table
     if table.shape != (num_rows, 2) or table.is_floating_point() or bool((table < 1).any()):
-        raise ValueError(f"image_grids={image_grids} is not (rows, columns), nor {num_rows} of these.")
+        raise wrong
     for rows, columns in table.tolist():
         if rows * columns + 2 > config.max_position_embeddings:
             raise ValueError(

@@ -6,7 +6,7 @@ P patches of all of them, D = latent_channels * patch_size**2.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -30,7 +30,7 @@ from .diffusion import NoiseProcess, noise_process_of
 from .experts import Modalities, by_modality, find_modalities
 from .generation import TransfusionGenerationMixin
 from .hyper_connections import add_branch, expand_streams, make_connection, reduce_streams
-from .inputs import check_inputs, images_without_prior_text, learned_labels
+from .inputs import check_inputs, images_without_prior_text, learned_labels, refuse_pictures
 from .latents import image_block_ids, patch_places
 from .losses import UNLEARNED, mean_cross_entropy, noise_images
 from .outputs import TransfusionModelOutput, TransfusionOutput
@@ -550,11 +550,11 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
 
         Raises:
             ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
-                width, values that are not finite, timesteps outside the schedule.
+                width, values that are not finite, timesteps outside the schedule, `pixel_values` and the like.
         """
         noise, shifted_labels = kwargs.pop("noise", None), kwargs.get("shift_labels")
         given_images = (latent_patches, image_grids, timesteps, noise, image_loss_mask)
-        self._check(past_key_values, input_ids, inputs_embeds, *given_images)
+        self._check(kwargs, past_key_values, input_ids, inputs_embeds, *given_images)
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
@@ -609,6 +609,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
 
     def _check(
         self,
+        kwargs: Mapping[str, Any],
         past_key_values: Cache | None,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
@@ -618,6 +619,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         *further: Tensor | None,
     ) -> None:
         """Check inputs that are new: tokens after a cache, and denoising steps against it, have been checked."""
+        refuse_pictures(kwargs)
         if torch.compiler.is_compiling():
             return
         is_committed = latent_patches is not None and timesteps is None
