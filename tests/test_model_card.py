@@ -121,6 +121,45 @@ def test_paths_are_refused(name: str, tmp_path: Path) -> None:
         write_card(tmp_path, "user/name", card={name: str(tmp_path)})
 
 
+@pytest.mark.parametrize("name", ["~/pictures", "../mine", "..", r"C:\Users\me", "file:///home/me", r"\\server\x"])
+def test_paths_of_every_system_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a path of this machine"):
+        CardContents(datasets=[name])
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ({"license": ["mit"]}, r"\['mit'\]; give a string"),
+        ({"samples": "x.png"}, "samples='x.png'; give a list"),
+        ({"samples": [3]}, "Sample 0 is 3"),
+        ({"samples": [(picture(), picture(), picture())]}, "Sample 0 is"),
+        ({"metrics": 3}, "metrics=3"),
+        ({"base_model": "my old model"}, "base_model='my old model'; give its name on the Hub"),
+        ({"base_model": "runs/of/mine"}, "base_model='runs/of/mine'; give its name on the Hub"),
+    ],
+)
+def test_wrong_contents_are_refused(card: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        write_card(tmp_path, "user/name", card=card)
+
+
+def test_prompts_are_shown_as_they_are(tmp_path: Path) -> None:
+    write_card(tmp_path, "user/name", card={"samples": [("a ](x) <b>\n# H", picture())]})
+    text = read_card(tmp_path).text
+    assert r"![a \]\(x\) \<b\> \# H](assets/sample_0.png)" in text and "\n# H" not in text
+
+
+def test_an_example_for_adapters(tmp_path: Path) -> None:
+    write_card(tmp_path, "user/adapter", "adapter", {"base_model": "user/base"})
+    card = read_card(tmp_path)
+    assert data_of(card).base_model == "user/base" and data_of(card).library_name == "peft"
+    assert 'AutoModel.from_pretrained("user/base")' in example(card)
+    assert 'model.load_adapter("user/adapter")' in example(card)
+    write_card(tmp_path, "user/adapter", "adapter")
+    assert "```" not in read_card(tmp_path).text and "does not name" in read_card(tmp_path).text
+
+
 def test_unknown_contents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="card has 'licence'; allowed: license, datasets"):
         write_card(tmp_path, "user/name", card={"licence": "mit"})
@@ -173,6 +212,36 @@ def test_a_card_that_a_person_wrote_stays(place: str, hub: FakeHub, tmp_path: Pa
     assert changed.text.strip() == "# My model"
 
 
+def test_a_card_that_cannot_be_read_is_not_written_over(hub: FakeHub) -> None:
+    hub.repositories["user/name"] = {"README.md": b"# Mine"}
+    hub.is_down = True
+    with pytest.raises(OSError, match="did not answer"):
+        make_pair()[0].push_to_hub("user/name")
+    assert hub.repositories["user/name"] == {"README.md": b"# Mine"}
+
+
+def test_a_branch_has_its_own_card(hub: FakeHub) -> None:
+    hub.repositories["user/name"] = {"README.md": b"# On main"}
+    hub.repositories["user/name@new"] = {"README.md": b"# On the branch"}
+    model, _ = make_pair()
+    model.push_to_hub("user/name", revision="new", tags=["emoji"])
+    assert b"# On the branch" in hub.repositories["user/name@new"]["README.md"]
+    model.push_to_hub("user/name", revision="other", tags=["emoji"])  # begins as main is
+    assert b"# On main" in hub.repositories["user/name@other"]["README.md"]
+    assert hub.repositories["user/name"] == {"README.md": b"# On main"}
+
+
+def test_a_card_speaks_of_code_where_there_is_some(hub: FakeHub, tmp_path: Path) -> None:
+    model, processor = make_pair()
+    (tmp_path / "train.py").write_text("print(1)")
+    model.save_pretrained(tmp_path, card={"license": "mit"})
+    assert "custom_code" not in data_of(read_card(tmp_path)).tags
+    model.push_to_hub("user/name", with_code=True)
+    processor.push_to_hub("user/name", card={"license": "mit"})
+    assert "custom_code" in data_of(card_of(hub, "user/name")).tags
+    assert "trust_remote_code=True" in example(card_of(hub, "user/name"))
+
+
 def test_edited_cards_are_kept_once_the_mark_is_gone(hub: FakeHub) -> None:
     model, _ = make_pair()
     model.push_to_hub("user/name")
@@ -223,3 +292,18 @@ def test_the_other_examples_run(
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "a_red_heart.png").exists() == (kind == "model")
+
+
+def test_the_example_of_adapters_runs(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig
+
+    make_pipeline().push_to_hub("user/base")
+    model, _ = make_pair()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.push_to_hub("user/adapter", card={"base_model": "user/base"})
+    code = example(card_of(hub, "user/adapter"))
+    for name in ("user/base", "user/adapter"):
+        hub.write(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "a_red_heart.png").exists()

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transfusion.image_processing import TransfusionImageProcessor
 from transfusion.latents import patchify, unpatchify
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 from transfusion.pipeline import TransfusionPipeline as FromModule
-from transfusion.pipeline import save_pipeline_parts
+from transfusion.pipeline import read_scheduler, save_pipeline_parts
 from transfusion.processing import TransfusionProcessor
 
 
@@ -498,6 +499,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"latents": torch.zeros(1, 4, 2, 8)}, "latents has shape (1, 4, 2, 8)"),
     ({"num_inference_steps": 0}, "num_inference_steps=0"),
     ({"negative_prompt": ["a", "b"]}, "2 negative prompts"),
+    ({"negative_prompt": 3}, "negative_prompt=3; give a string"),
+    ({"height": "64"}, "height='64'; give a whole number of pixels"),
+    ({"width": 64.0}, "width=64.0; give a whole number of pixels"),
+    ({"height": True}, "height=True; give a whole number"),
+    ({"height": 4096, "width": 4096}, "height=4096, width=4096 is too large"),
+    ({"guidance_scale": "3"}, "guidance_scale='3'"),
+    ({"num_inference_steps": True}, "num_inference_steps=True"),
 ]
 
 
@@ -506,6 +514,38 @@ def test_refuses_bad_arguments(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError) as error:
         make_pipeline()(**{"prompt": "a heart", "num_inference_steps": 1, **arguments})
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", FlowMatchHeunDiscreteScheduler, None])
+def test_what_is_no_scheduler_is_refused(scheduler: Any) -> None:
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match="scheduler=.* give one of diffusers"):
+        pipeline.scheduler = scheduler
+
+
+def test_captions_and_chats_of_nothing_are_refused() -> None:
+    pipeline = make_pipeline()
+    for image in (None, [], [None]):
+        with pytest.raises(ValueError, match="image=.* give a picture"):
+            pipeline.caption(image)
+    for messages in ("hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(ValueError, match="messages=.* give a list of at least one message"):
+            pipeline.chat(messages)
+
+
+def test_the_scheduler_of_a_checkpoint_is_of_its_revision(tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path / "saved")
+    first = tmp_path / "models--user--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(tmp_path / "saved", first)
+    assert read_scheduler("user/name", cache_dir=tmp_path, revision="0" * 40) is not None
+    with pytest.raises(OSError):  # offline, nobody knows whether there is one
+        read_scheduler("user/name", cache_dir=tmp_path, revision="1" * 40)
+    missing = tmp_path / "models--user--name" / ".no_exist" / ("1" * 40) / "scheduler" / "scheduler_config.json"
+    missing.parent.mkdir(parents=True)
+    missing.touch()
+    assert read_scheduler("user/name", cache_dir=tmp_path, revision="1" * 40) is None
+    (tmp_path / "empty").mkdir()
+    assert read_scheduler(tmp_path / "empty") is None
 
 
 def test_the_command_draws_captions_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Saving with code, and what a process without the package does with it; uploads to a Hub in memory."""
 
+import importlib
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -20,9 +20,11 @@ from tests.remote_code import draw, use
 from tests.tiny_processor import tiny_processor, tiny_vae
 from transfusion import TransfusionPipeline
 from transfusion.configuration import TransfusionConfig
+from transfusion.data import load_emoji
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration, TransfusionModel
 from transfusion.processing import TransfusionProcessor
 from transfusion.sharing import save_code
+from transfusion.training.finetuning import FinetuneRecipe, finetune, load_start
 
 
 ROOT = Path(__file__).parents[1]
@@ -290,11 +292,10 @@ def test_only_the_main_process_uploads(hub: FakeHub, tmp_path: Path) -> None:
     assert not hub.repositories
 
 
-def test_an_upload_to_a_branch(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    monkeypatch.setattr(HfApi, "create_branch", lambda api, repo_id, branch, **options: made.append(branch))
+def test_an_upload_to_a_branch(hub: FakeHub) -> None:
     make_pair()[0].push_to_hub("user/name", revision="new", commit_description="why", create_pr=False)
-    assert made == ["new"]
+    assert "config.json" in hub.repositories["user/name@new"]
+    assert not hub.repositories["user/name"]
     assert hub.commits[0]["revision"] == "new"
     assert hub.commits[0]["commit_description"] == "why"
 
@@ -310,16 +311,58 @@ def test_options_that_a_pipeline_does_not_know(hub: FakeHub) -> None:
         make_pipeline().push_to_hub("user/name", subfolder="part")
 
 
-def test_an_adapter_forgets_where_its_model_was(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_processor_refuses_options_that_it_does_not_know(tmp_path: Path) -> None:
+    _, processor = make_pair()
+    for part in (processor, processor.image_processor):
+        with pytest.raises(ValueError, match="with_cod: no option of save_pretrained or push_to_hub"):
+            part.save_pretrained(tmp_path, with_cod=True)
+
+
+def test_options_may_be_given_as_diffusers_takes_them(hub: FakeHub) -> None:
+    make_pipeline().push_to_hub("user/name", "The message", subfolder=None, variant=None, safe_serialization=True)
+    assert hub.commits[0]["commit_message"] == "The message"
+    make_pipeline().push_to_hub("user/name", commit_message=None)
+    assert hub.commits[1]["commit_message"] == "Upload with transfusion"
+
+
+def test_code_that_needs_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text(
+        "from transfusion import TransfusionForMultimodalGeneration\n"
+        "class Needy(TransfusionForMultimodalGeneration):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("needy").Needy(make_pair()[0].config)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="needy.py has `from transfusion`, and the code is to run without"):
+        model.save_pretrained(tmp_path / "code", with_code=True)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_adapter_forgets_where_its_model_was(is_there: bool, hub: FakeHub, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    make_pair()[0].save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path)
+    make_pair()[0].save_pretrained(tmp_path / "base")
+    model = AutoModel.from_pretrained(tmp_path / "base")
+    if not is_there:
+        shutil.rmtree(tmp_path / "base")
     model.add_adapter(LoraConfig(target_modules=["q_proj"]))
     model.push_to_hub("user/adapter")
     adapter = json.loads(hub.repositories["user/adapter"]["adapter_config.json"])
     assert adapter["base_model_name_or_path"] is None
     model.load_adapter(str(hub.write("user/adapter", tmp_path)), "again")
+
+
+def train_tiny(source: Path, folder: Path, lora_rank: int | None, hub: FakeHub) -> None:
+    """Fine-tune `source` by the recipe, with TensorBoard, and upload it as `user/<name of the folder>`."""
+    model, processor = load_start(source)
+    recipe = FinetuneRecipe(batch_size=2, num_inference_steps=1, lora_rank=lora_rank, bf16=False)
+    trainer = finetune(model, processor, load_emoji("train")[:2], folder, recipe, max_steps=1)
+    assert [path for path in folder.rglob("*") if "tfevents" in path.name]
+    trainer.args.hub_model_id = f"user/{folder.name}"
+    trainer.push_to_hub()
+    names = set(hub.repositories[trainer.args.hub_model_id])
+    assert {"README.md", "training_args.json", "processor_config.json"} <= names
+    assert not [name for name in names if "tfevents" in name or "samples" in name]
 
 
 def test_no_file_tells_of_the_machine(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +379,13 @@ def test_no_file_tells_of_the_machine(hub: FakeHub, tmp_path: Path, monkeypatch:
     processor.image_processor.save_pretrained(tmp_path / "saved" / "image")
     for name in hub.repositories:
         hub.write(name, tmp_path / "saved" / "pushed")
-    saved = texts_in(tmp_path / "saved")
+    for lora_rank in (None, 2):
+        train_tiny(tmp_path / "source", tmp_path / "saved" / f"trained_{lora_rank}", lora_rank, hub)
+    for name in hub.repositories:
+        hub.write(name, tmp_path / "saved" / "pushed")
+    # At home, adapters know where their model is, and TensorBoard the name of the machine.
+    saved = {name: text for name, text in texts_in(tmp_path / "saved").items() if "tfevents" not in name}
+    del saved["trained_2/adapter_config.json"]
     assert len(saved) > 80
     host = socket.gethostname()
     secrets = [token, str(tmp_path), tmp_path.name, str(Path.home()) + "/", *([host] if len(host) > 4 else [])]

@@ -62,6 +62,14 @@ def test_text_to_image_refuses_what_it_does_not_know(path: str) -> None:
         task("a heart", eta=0.0)
     with pytest.raises(ValueError, match="A prompt is 3"):
         task(3)
+    with pytest.raises(ValueError, match=r"inputs=\[\]; give one"):
+        task([])
+
+
+def test_text_to_image_edits_and_gives_arrays(path: str) -> None:
+    task = pipeline("text-to-image", model=path, num_inference_steps=1)
+    edited = task(["redder", "bluer"], image=picture(0, 16, 16), output_type="np", batch_size=2)
+    assert [array.shape for array in edited] == [(16, 16, 3)] * 2
 
 
 def test_tasks_save_model_and_processor_without_code(path: str, tmp_path: Path) -> None:

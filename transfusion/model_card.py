@@ -18,8 +18,11 @@ SAMPLES_FOLDER = "assets"
 CARD_MARK = "<!-- Written by push_to_hub of transfusion. Delete this line to keep what you change below. -->"
 TAGS = ("transfusion", "text-to-image", "image-to-text", "diffusers")
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_LOCAL_PATH = re.compile(r"/|~|\.\.?([/\\]|$)|\\|[A-Za-z]:[/\\]|file:", re.IGNORECASE)
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#!|])")
 _WITH_CODE = "The repository has its own code. Read it, and allow it with `trust_remote_code=True`."
+_NO_BASE = "These are adapters. They go on top of the model they were trained with, which this card does not name."
 _WITHOUT_CODE = "Install the package `transfusion-transformers`; importing it registers the classes."
 
 
@@ -33,10 +36,10 @@ class CardContents:
         metrics: Scores by name, as `evaluation.json` holds them; what is nested, such as the settings, stands below.
         evaluated_on: The data of `metrics`, in a few words.
         samples: Pictures that the model drew, PIL images or files, or pairs (prompt, picture).
-        base_model: The name on the Hub of what it was fine-tuned from.
+        base_model: The name on the Hub of what it was fine-tuned from; the card of adapters shows how both are loaded.
 
     Raises:
-        ValueError: A path of this machine among the names.
+        ValueError: A path of this machine among the names, or a value of another type.
     """
 
     license: str | None = None
@@ -49,9 +52,18 @@ class CardContents:
     def __post_init__(self) -> None:
         if isinstance(self.datasets, str):
             object.__setattr__(self, "datasets", [self.datasets])
+        for field in ("datasets", "samples"):
+            if not isinstance(value := getattr(self, field), list | tuple):
+                raise ValueError(f"{field}={value!r}; give a list.")
+        if self.metrics is not None and not isinstance(self.metrics, Mapping):
+            raise ValueError(f"metrics={self.metrics!r}; give a dictionary of scores by name.")
         for name in (self.license, self.evaluated_on, self.base_model, *self.datasets):
-            if name is not None and os.path.isabs(name):
+            if name is not None and not isinstance(name, str):
+                raise ValueError(f"A card cannot name {name!r}; give a string.")
+            if name is not None and is_local_path(name):
                 raise ValueError(f"A card cannot name {name!r}, a path of this machine; give a name that others know.")
+        if self.base_model is not None and not _HUB_NAME.fullmatch(self.base_model):
+            raise ValueError(f"base_model={self.base_model!r}; give its name on the Hub, such as 'user/name'.")
 
     @property
     def scores(self) -> dict[str, float]:
@@ -63,6 +75,11 @@ class CardContents:
         """The nested entries of `metrics`, in one level."""
         nested = (entry for entry in (self.metrics or {}).values() if isinstance(entry, Mapping))
         return {name: value for entry in nested for name, value in entry.items() if isinstance(value, Real)}
+
+
+def is_local_path(name: str) -> bool:
+    """Whether `name` looks like a path of some machine, of whatever system."""
+    return _LOCAL_PATH.match(name) is not None
 
 
 def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -103,7 +120,7 @@ def write_card(
     Args:
         folder: Where the repository's files are.
         repo_id: Its name on the Hub, which the usage example loads.
-        kind: What the example uses: `"model"`, `"pipeline"` or `"image_processor"`.
+        kind: What the example uses: `"model"`, `"adapter"`, `"pipeline"` or `"image_processor"`.
         card: A `CardContents`, or a dictionary of its fields.
         tags: More of them.
         with_code: The repository brings its own code.
@@ -116,7 +133,7 @@ def write_card(
         base_model=contents.base_model,
         datasets=[name for name in contents.datasets if _HUB_NAME.fullmatch(name)] or None,
         eval_results=scores or None,
-        library_name="transformers",
+        library_name="peft" if kind == "adapter" else "transformers",
         license=contents.license,
         model_name=repo_id.split("/")[-1] if scores else None,  # it belongs to them
         pipeline_tag="any-to-any",
@@ -139,7 +156,9 @@ def save_samples(samples: Sequence[Any], folder: Path) -> dict[str, str]:
     """Save pictures as `assets/sample_0.png`, ..., without what their files said beside; file -> prompt."""
     prompts = {}
     for index, sample in enumerate(samples):
-        prompt, picture = sample if isinstance(sample, tuple | list) else ("", sample)
+        prompt, picture = sample if isinstance(sample, tuple | list) and len(sample) == 2 else ("", sample)
+        if not isinstance(prompt, str) or not isinstance(picture, Image.Image | str | os.PathLike):
+            raise ValueError(f"Sample {index} is {sample!r}; give a picture, a file, or a pair (prompt, picture).")
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         image = ImageOps.exif_transpose(image).convert("RGB")
         image.info.clear()
@@ -168,11 +187,12 @@ def eval_results(contents: CardContents) -> list[EvalResult]:
 
 def card_body(contents: CardContents, repo_id: str, kind: str, with_code: bool, prompts: Mapping[str, str]) -> str:
     """What stands below the front matter."""
+    shown = {file: as_plain_text(prompt) for file, prompt in prompts.items()}
     sections = {
         "": "A [Transfusion](https://arxiv.org/abs/2408.11039) model: one transformer that writes text by predicting "
         "the next token and draws pictures by diffusing their patches.",
-        "Use": f"{_WITH_CODE if with_code else _WITHOUT_CODE}\n\n```python\n{usage(repo_id, kind, with_code)}\n```",
-        "Samples": "\n\n".join(f"![{prompt}]({file})\n{prompt}".strip() for file, prompt in prompts.items()),
+        "Use": usage_text(contents, repo_id, kind, with_code),
+        "Samples": "\n\n".join(f"![{text}]({file})\n{text}".strip() for file, text in shown.items()),
         "Training data": "\n".join(f"- {_linked(name)}" for name in contents.datasets) or "Not stated.",
         "Results": results(contents),
         "Licence": contents.license or "Not stated. Ask the authors before you use the model.",
@@ -197,8 +217,21 @@ def results(contents: CardContents) -> str:
     return "\n".join(lines)
 
 
-def usage(repo_id: str, kind: str, with_code: bool = False) -> str:
-    """Code that loads `repo_id` and uses it; it runs as it stands."""
+def as_plain_text(text: str) -> str:
+    """`text` in one line, such that Markdown shows it as it is."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def usage_text(contents: CardContents, repo_id: str, kind: str, with_code: bool) -> str:
+    """What is needed to use `repo_id`, with an example where one can be given."""
+    if kind == "adapter" and contents.base_model is None:
+        return f"{_WITHOUT_CODE}\n\n{_NO_BASE} Load that, and then `model.load_adapter({repo_id!r})`."
+    code = usage(repo_id, kind, with_code, contents.base_model)
+    return f"{_WITH_CODE if with_code else _WITHOUT_CODE}\n\n```python\n{code}\n```"
+
+
+def usage(repo_id: str, kind: str, with_code: bool = False, base_model: str | None = None) -> str:
+    """Code that loads `repo_id`, for adapters on top of `base_model`, and uses it; it runs as it stands."""
     trust = ", trust_remote_code=True" if with_code else ""
     if kind == "pipeline" and not with_code:
         loading = [
@@ -212,6 +245,8 @@ def usage(repo_id: str, kind: str, with_code: bool = False) -> str:
             *_load_model(repo_id, trust),
             f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", model=model, processor=processor{trust})',
         ]
+    elif kind == "adapter":
+        loading = ["import transfusion", *_load_model(str(base_model), ""), f'model.load_adapter("{repo_id}")']
     elif kind == "image_processor":
         lines = ["from transformers import AutoImageProcessor", "from PIL import Image", ""]
         lines += [f'image_processor = AutoImageProcessor.from_pretrained("{repo_id}"{trust})']

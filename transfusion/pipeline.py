@@ -7,6 +7,8 @@ A checkpoint is one folder for transformers and diffusers: transformers' files a
 import copy
 import inspect
 import json
+import math
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,12 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
-    DDIMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
 )
 from diffusers.utils import BaseOutput, logging
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
@@ -33,7 +35,7 @@ from .autoencoder import VAE_SUBFOLDER, spatial_factor
 from .diffusion import check_scheduler, make_scheduler
 from .latents import patchify, split_images, unpatchify
 from .model_card import CardContents
-from .sharing import SharedPipeline, file_times, take_hub_options
+from .sharing import SharedPipeline, file_times, refuse_unknown, take_hub_options
 
 
 logger = logging.get_logger(__name__)
@@ -138,23 +140,42 @@ def default_scheduler(config: Any) -> SchedulerMixin:
     return make_scheduler(config.objective, shift=shift, num_train_timesteps=config.num_train_timesteps)
 
 
-def read_scheduler(path: str | Path) -> SchedulerMixin | None:
-    """The scheduler that was saved with a checkpoint, a folder or Hub name; None where none was."""
-    try:
-        config = DDIMScheduler.load_config(path, subfolder="scheduler")  # every scheduler's file has one name
-    except OSError:
+def read_scheduler(path: str | Path, **hub: Any) -> SchedulerMixin | None:
+    """The scheduler that was saved with a checkpoint, a folder or Hub name; None where none was.
+
+    `hub` are `revision`, `token`, `cache_dir` and the like. Raises an OSError where the Hub cannot be asked.
+    """
+    name = f"scheduler/{DIFFUSERS_COMPONENTS['scheduler']}"
+    file: Any = Path(path, name)
+    if not os.path.isdir(path):
+        places = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
+        try:
+            # The cache knows too what a repository does not have.
+            file = try_to_load_from_cache(str(path), name, **places) or hf_hub_download(str(path), name, **hub)
+        except RemoteEntryNotFoundError:
+            return None
+    if not isinstance(file, str | Path) or not os.path.isfile(file):
         return None
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
     scheduler_class = getattr(diffusers, config["_class_name"], None)
     if not inspect.isclass(scheduler_class) or not issubclass(scheduler_class, SchedulerMixin):
         raise ValueError(f"scheduler/ of {path} names the class {config['_class_name']!r}; take one of diffusers.")
     return scheduler_class.from_config(config)  # type: ignore[attr-defined]
 
 
-def list_prompts(prompt: str | Sequence[str]) -> list[str]:
+def require_scheduler(scheduler: Any) -> None:
+    """Raise a `ValueError` unless it is a scheduler, not its class or name."""
+    if not isinstance(scheduler, SchedulerMixin):
+        raise ValueError(
+            f"scheduler={scheduler!r}; give one of diffusers, made with `from_config(pipeline.scheduler.config)`."
+        )
+
+
+def list_prompts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     """One or several prompts as a list; ValueError for anything else."""
     prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
     if not prompts or not all(isinstance(one, str) for one in prompts):
-        raise ValueError(f"prompt={prompt!r}; give a string, or a list of at least one.")
+        raise ValueError(f"{name}={prompt!r}; give a string, or a list of at least one.")
     return prompts
 
 
@@ -201,8 +222,14 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         processor.check_model(model.config)
         if scheduler is LEFT_OUT or scheduler is None:
             scheduler = default_scheduler(model.config)
+        require_scheduler(scheduler)
         check_scheduler(scheduler, model.config.objective)
         self.register_modules(model=model, processor=processor, scheduler=scheduler, vae=processor.vae)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            require_scheduler(value)
+        super().__setattr__(name, value)
 
     @property
     def vae(self) -> Any:
@@ -264,7 +291,9 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             variant: Of no use here, as the model lies at the root, where diffusers looks for no variants.
             max_shard_size: Largest file of the model's weights, such as `"5GB"`.
             push_to_hub: Then upload all of it, with a model card.
-            with_code: Save the code too, for `trust_remote_code=True` where this package is not installed.
+            with_code: Save the code too, for `trust_remote_code=True` where this package is not installed. There
+                `DiffusionPipeline.from_pretrained` must be given `model=` and `processor=`, which transformers'
+                Auto classes load from the same place (the card shows it).
             card: Write a model card, with this in it, as for `push_to_hub`.
             kwargs: Options of `push_to_hub`; `repo_id` defaults to the folder's name.
 
@@ -279,8 +308,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         if not safe_serialization:
             logger.warning("safe_serialization=False would write pickles; the weights are saved as safetensors.")
         hub, known = take_hub_options(kwargs, save_directory), file_times(save_directory)
-        if kwargs:
-            raise ValueError(f"{', '.join(kwargs)}: no option of save_pretrained or push_to_hub; leave it out.")
+        refuse_unknown(kwargs)
         sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         self.model.save_pretrained(save_directory, with_code=with_code, **sharding)
         self.processor.save_pretrained(save_directory, with_code=with_code)
@@ -333,13 +361,13 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         grid = self.grid_of(height, width, sources)
         inputs = self.encode_prompt(prompts, num_images_per_prompt, grid, sources)
         if negative_prompt is not None:
-            negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-            inputs |= self.encode_negative(negative, num_images_per_prompt, grid, sources)
+            negative = list_prompts(negative_prompt, "negative_prompt")
+            inputs |= self.encode_negative(negative, len(prompts), num_images_per_prompt, grid, sources)
         num_images = len(prompts) * num_images_per_prompt
         if latents is not None:
             latents = self.to_patches(latents, num_images, grid)
-        num_inference_steps = self.model.prepare_drawing(num_inference_steps).num_inference_steps
-        self._interrupt, self._num_timesteps = False, self.count_steps(num_inference_steps)
+        drawing = self.model.prepare_drawing(num_inference_steps, guidance_scale, self.scheduler)
+        self._interrupt, self._num_timesteps = False, self.count_steps(drawing.num_inference_steps)
         with self.progress_bar(total=self.num_timesteps) as progress:
 
             def after_step(step: int, timestep: Tensor, x_t: Tensor) -> Tensor | None:
@@ -356,7 +384,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
                 latent_patches = self.model.generate_images(
                     **inputs,
                     output_image_grids=grid,
-                    num_inference_steps=num_inference_steps,
+                    num_inference_steps=drawing.num_inference_steps,
                     guidance_scale=guidance_scale,
                     scheduler=self.scheduler,
                     generator=generator,
@@ -386,9 +414,11 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
     ) -> TransfusionCaptionOutput:
         """Describe `image`, or each of a list of them; `prompt` is how the text begins.
 
-        `kwargs` go to `generate` (`do_sample`, `num_beams`, ...).
+        `kwargs` go to `generate` (`do_sample`, `num_beams`, ...). Raises a ValueError where there is no picture.
         """
         images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images or any(one is None for one in images):
+            raise ValueError(f"image={image!r}; give a picture, or a list of at least one.")
         rows = [[{"type": "image", "image": one}, {"type": "text", "text": prompt}] for one in images]
         self._onload(self.vae)
         inputs = self.processor(text=rows, return_tensors="pt")
@@ -422,7 +452,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         Raises:
             ValueError: No messages, or what `apply_chat_template` and `generate` refuse.
         """
-        if not messages:
+        if not messages or isinstance(messages, str | Mapping):
             raise ValueError(f"messages={messages!r}; give a list of at least one message.")
         is_one = isinstance(messages[0], Mapping)
         if height is not None or width is not None:
@@ -506,10 +536,18 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         return inputs
 
     def encode_negative(
-        self, prompts: str | Sequence[str], repeats: int, grid: tuple[int, int], sources: list[Tensor] | None
+        self,
+        prompts: list[str],
+        num_prompts: int,
+        repeats: int,
+        grid: tuple[int, int],
+        sources: list[Tensor] | None,
     ) -> dict[str, Tensor]:
-        """`negative_input_ids` and `negative_attention_mask` (N, L); their pictures are those of the prompts."""
-        encoded = self.encode_prompt(prompts, repeats, grid, sources)
+        """`negative_input_ids` and `negative_attention_mask` (N, L) of one for all prompts, or of one for each.
+
+        Their pictures are those of the prompts.
+        """
+        encoded = self.encode_prompt(prompts * num_prompts if len(prompts) == 1 else prompts, repeats, grid, sources)
         return {f"negative_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
 
     def encode_row(self, prompt: str, source: Tensor | None) -> dict[str, Any]:
@@ -535,10 +573,19 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
                 )
             rows, columns = (side // self.processor.image_processor.patch_size for side in sizes[0])
         height, width = rows * block if height is None else height, columns * block if width is None else width
+        for name, side in (("height", height), ("width", width)):
+            if isinstance(side, bool) or not isinstance(side, numbers.Integral):
+                raise ValueError(f"{name}={side!r}; give a whole number of pixels.")
         if height < 1 or width < 1 or height % block or width % block:
             nearest = tuple(max(block, round(side / block) * block) for side in (height, width))
             raise ValueError(f"height={height}, width={width} must be multiples of {block}; the nearest is {nearest}.")
-        return height // block, width // block
+        grid, largest = (height // block, width // block), self.model.config.max_position_embeddings - 2
+        if grid[0] * grid[1] > largest:
+            raise ValueError(
+                f"height={height}, width={width} is too large: these are {grid[0] * grid[1]} patches, {block} pixels "
+                f"wide, and the model has room for {largest}; a square may have {block * math.isqrt(largest)} pixels."
+            )
+        return grid
 
     def count_steps(self, num_inference_steps: int) -> int:
         """Network evaluations that the scheduler takes for `num_inference_steps` (Heun: 2N - 1)."""

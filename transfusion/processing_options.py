@@ -1,3 +1,4 @@
+# trf-ignore: TRF028 - the licence of all files stands in LICENSE.
 """What a call of `TransfusionProcessor` takes beside texts and pictures."""
 
 from collections.abc import Mapping

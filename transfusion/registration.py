@@ -7,7 +7,6 @@ when a program has imported one of the two, and only then is our pipeline import
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -20,7 +19,7 @@ _PIPELINE = f"{__package__}.pipeline"
 
 
 class _AfterImport(MetaPathFinder):
-    """Waits on `sys.meta_path` for one module, and calls `action` right after it was executed, once."""
+    """Waits on `sys.meta_path` for one module, and calls `action` whenever it was executed, on a reload too."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name
@@ -29,11 +28,11 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find the module as others do, with a loader that calls `action` in the end."""
+        """Find the module as the finders after this one do, with a loader that calls `action` in the end."""
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -47,11 +46,10 @@ class _AfterImport(MetaPathFinder):
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:
-    """Call `action` once the module `name` is imported: now, if it is."""
+    """Call `action` whenever the module `name` was imported or loaded again; now, if it is imported."""
+    sys.meta_path.insert(0, _AfterImport(name, action))
     if name in sys.modules:
         action()
-    else:
-        sys.meta_path.insert(0, _AfterImport(name, action))
 
 
 def register_with_diffusers() -> None:

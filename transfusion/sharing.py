@@ -10,6 +10,7 @@ it; it is written again only if it is ours still and `card` is given.
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from transformers.dynamic_module_utils import custom_object_save
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
-from .model_card import CARD_FILE, CARD_MARK, add_tags, write_card
+from .model_card import CARD_FILE, CARD_MARK, add_tags, is_local_path, write_card
 
 
-MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+ADAPTER_FILE = "adapter_config.json"
+_IMPORT_OF_PACKAGE = re.compile(r"^[ \t]*(?:from|import)[ \t]+transfusion\b", re.MULTILINE)
 # Options of an upload, apart from those of the commit.
 HUB_OPTIONS = ("repo_id", "private", "token", "tags", "commit_message", "commit_description", "revision", "create_pr")
 
@@ -42,9 +45,21 @@ def reference_to(cls: type) -> str:
 
 
 def copy_code(cls: type, folder: Path) -> None:
-    """Copy the file of `cls`, and those that it imports beside it, into `folder`; ValueError where there is none."""
-    if cls.__module__ == "__main__" or not getattr(sys.modules[cls.__module__], "__file__", None):
+    """Copy the file of `cls`, and those that it imports beside it, into `folder`.
+
+    Raises:
+        ValueError: No file defines `cls`, or one of them imports this package, which is to be done without.
+    """
+    source = getattr(sys.modules[cls.__module__], "__file__", None)
+    if cls.__module__ == "__main__" or not source:
         raise ValueError(f"with_code=True, but no file defines {cls.__name__}; put it into a module and import that.")
+    for file in [source, *get_relative_import_files(source)]:
+        if found := _IMPORT_OF_PACKAGE.search(Path(file).read_text(encoding="utf-8")):
+            raise ValueError(
+                f"with_code=True, but {Path(file).name} has `{found[0].strip()}`, and the code is to run without this "
+                "package. Save without with_code, or put copies of the package's files beside yours and import from "
+                "them: `from .modeling_transfusion import ...`."
+            )
     custom_object_save(cls, folder)
 
 
@@ -89,11 +104,12 @@ def save_pipeline_code(pipeline: Any, folder: Path) -> None:
 
 def forget_base_path(folder: Path) -> None:
     """Take the path of the base model, which means nothing elsewhere, out of an adapter; a name on the Hub stays."""
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_FILE
     if not file.exists():
         return
     config = json.loads(file.read_text(encoding="utf-8"))
-    if os.path.exists(config.get("base_model_name_or_path") or ""):
+    base = config.get("base_model_name_or_path") or ""
+    if is_local_path(base) or os.path.exists(base):
         edit_json(file, {**config, "base_model_name_or_path": None})
 
 
@@ -101,6 +117,12 @@ def take_hub_options(kwargs: dict[str, Any], folder: str | os.PathLike) -> dict[
     """Take the options of an upload out of `kwargs`; the repository's name is by default that of the folder."""
     options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     return {"repo_id": os.path.basename(os.path.abspath(folder)), **options}
+
+
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for what `take_hub_options` left; what is None asks for nothing."""
+    if unknown := [name for name, value in kwargs.items() if value is not None]:
+        raise ValueError(f"{', '.join(unknown)}: no option of save_pretrained or push_to_hub; leave it out.")
 
 
 def file_times(folder: str | os.PathLike) -> dict[Path, int]:
@@ -112,41 +134,44 @@ def upload(
     folder: str | os.PathLike,
     repo_id: str,
     known: Mapping[Path, int],
-    revision: str | None = None,
-    token: Any = None,
-    commit_message: str = "Upload with transfusion",
+    commit_message: str | None = None,
     **commit: Any,
 ) -> Any:
     """Upload the files of `folder` that are not `known`, or were written since."""
-    api = HfApi()
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     new = sorted(path for path, time in file_times(folder).items() if known.get(path) != time)
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in new]
-    options = {"revision": revision, "token": token, "commit_message": commit_message, **commit}
-    return api.create_commit(repo_id, operations, **options)
+    message = commit_message or "Upload with transfusion"
+    return HfApi().create_commit(repo_id, operations, commit_message=message, **commit)
 
 
-def find_card(repo_id: str, token: Any = None) -> str | None:
-    """The card of a repository; None where it has none."""
+def find_card(repo_id: str, token: Any = None, revision: str | None = None) -> str | None:
+    """The card of a repository; None where it has none. Whatever else keeps us from reading it raises."""
     try:
-        return str(ModelCard.load(repo_id, token=token, ignore_metadata_errors=True))
-    except (EntryNotFoundError, RepositoryNotFoundError):
+        file = HfApi().hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None
+    return Path(file).read_bytes().decode("utf-8")
 
 
 def prepare_card(
-    folder: Path, repo_id: str, kind: str, card: Any = None, tags: Sequence[str] = (), published: str | None = None
+    folder: Path,
+    repo_id: str,
+    kind: str,
+    card: Any = None,
+    tags: Sequence[str] = (),
+    published: str | None = None,
+    with_code: bool = False,
 ) -> bool:
     """Write a card into `folder` where one is needed, as the top of this file says.
 
     Args:
         folder: What is saved.
         repo_id: The repository's name on the Hub.
-        kind: As for `write_card`.
+        kind: As for `write_card`, for what is no adapter.
         card: As for `write_card`.
         tags: To be added; to a card that stays, too.
         published: The card that the repository has.
+        with_code: Code lies beside what is saved. Code that the repository has already is kept on the card.
 
     Returns:
         Whether the folder now has a card that the repository has not.
@@ -154,11 +179,39 @@ def prepare_card(
     file = folder / CARD_FILE
     text = published or (file.read_text(encoding="utf-8") if file.exists() else None)
     if text is None or (card is not None and CARD_MARK in text):
-        write_card(folder, repo_id, kind, card, tags, with_code=any(folder.glob("*.py")))
+        has_code = with_code or "custom_code" in (ModelCard(text or "").data.get("tags") or [])
+        is_adapter = (folder / ADAPTER_FILE).exists() and not (folder / "config.json").exists()
+        write_card(folder, repo_id, "adapter" if is_adapter else kind, card, tags, has_code and not is_adapter)
         return True
     if tags:
         file.write_text(add_tags(text, tags), encoding="utf-8")
     return bool(tags) or published is None
+
+
+def share(
+    folder: str | os.PathLike,
+    repo_id: str,
+    kind: str,
+    card: Any = None,
+    known: Mapping[Path, int] | None = None,
+    with_code: bool = False,
+    private: bool | None = None,
+    token: Any = None,
+    revision: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    **commit: Any,
+) -> Any:
+    """Upload what `folder` holds beyond the files `known` there before, with a card (see `prepare_card`)."""
+    api, fresh = HfApi(), dict(known or {})
+    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    forget_base_path(Path(folder))
+    all_tags = [tags] if isinstance(tags, str) else list(tags or [])
+    published = find_card(repo_id, token, revision)
+    if prepare_card(Path(folder), repo_id, kind, card, all_tags, published, with_code):
+        fresh.pop(Path(folder, CARD_FILE), None)
+    return upload(folder, repo_id, fresh, token=token, revision=revision, **commit)
 
 
 class SharedMixin:
@@ -169,46 +222,41 @@ class SharedMixin:
     def push_to_hub(
         self,
         repo_id: str,
+        commit_message: str | None = None,
         *,
         with_code: bool = False,
         card: Any = None,
-        max_shard_size: int | str = "50GB",
         **kwargs: Any,
     ) -> Any:
         """Upload to the Hub, with a model card.
 
         Args:
             repo_id: The repository's name there; it is created where it is missing.
+            commit_message: What the Hub shows beside the files.
             with_code: Upload the code too, for `trust_remote_code=True` where this package is not installed.
             card: What the card says, a `CardContents` or a dictionary of its fields. A card that is there stays,
                 unless it is one of ours that nobody made their own.
-            max_shard_size: The largest file of weights.
-            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `tags`; others
-                go to `save_pretrained`.
+            kwargs: `commit_description`, `private`, `token`, `revision`, `create_pr`, `tags`; others, such as
+                `max_shard_size`, go to `save_pretrained`.
         """
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size, **kwargs)  # type: ignore[attr-defined]
-            return self._share(folder, {}, card, repo_id=repo_id, **hub)
+            self.save_pretrained(folder, with_code=with_code, **kwargs)  # type: ignore[attr-defined]
+            hub |= {"repo_id": repo_id, "commit_message": commit_message}
+            return self._share(folder, {}, with_code, card, hub)
 
     def _share(
         self,
         folder: str | os.PathLike,
-        known: dict[Path, int],
+        known: Mapping[Path, int],
+        with_code: bool,
         card: Any,
-        repo_id: str,
-        private: bool | None = None,
-        token: Any = None,
-        tags: str | Sequence[str] | None = None,
-        **commit: Any,
+        hub: dict[str, Any],
     ) -> Any:
-        """Upload what `folder` holds beyond the files `known` there before, with a card."""
-        repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        forget_base_path(Path(folder))
-        all_tags = [*([tags] if isinstance(tags, str) else tags or []), *self._own_tags()]
-        if prepare_card(Path(folder), repo_id, self.card_kind, card, all_tags, find_card(repo_id, token)):
-            known.pop(Path(folder, CARD_FILE), None)
-        return upload(folder, repo_id, known, token=token, **commit)
+        tags = hub.get("tags") or []
+        options = {**hub, "tags": [*([tags] if isinstance(tags, str) else tags), *self._own_tags()]}
+        has_code = self._has_code(with_code)
+        return share(folder, kind=self.card_kind, card=card, known=known, with_code=has_code, **options)
 
     def _finish_saving(
         self,
@@ -222,14 +270,18 @@ class SharedMixin:
         """What `save_pretrained` does when all files are there: code, card, upload."""
         self._save_code(Path(folder), with_code)
         if push_to_hub:
-            self._share(folder, known, card, **hub)
+            self._share(folder, known, with_code, card, hub)
         elif card is not None:
-            prepare_card(Path(folder), hub["repo_id"], self.card_kind, card)
+            has_code = self._has_code(with_code)
+            prepare_card(Path(folder), hub["repo_id"], self.card_kind, card, with_code=has_code)
+
+    def _has_code(self, with_code: bool) -> bool:
+        """Whether code is saved: if asked to, or if it came from the Hub: then transformers has set `_auto_class`."""
+        return with_code or self._auto_class is not None  # type: ignore[attr-defined]
 
     def _save_code(self, folder: Path, with_code: bool) -> None:
-        """Save the code if asked to, or if it came from the Hub: then transformers has set `_auto_class`."""
         for auto_map in self._auto_maps():
-            save_code(folder, auto_map, with_code or self._auto_class is not None)  # type: ignore[attr-defined]
+            save_code(folder, auto_map, self._has_code(with_code))
 
     def _auto_maps(self) -> list[AutoMap]:
         """The classes of what is saved."""
@@ -308,8 +360,12 @@ class SharedProcessor(SharedMixin):
 
         Returns:
             The file of the settings.
+
+        Raises:
+            ValueError: An unknown option.
         """
         hub, known = take_hub_options(kwargs, save_directory), file_times(save_directory)
+        refuse_unknown(kwargs)
         files = super().save_pretrained(save_directory)  # type: ignore[misc]
         self.save_parts(save_directory)
         self._finish_saving(save_directory, known, with_code, push_to_hub, card, hub)
@@ -348,8 +404,11 @@ class SharedPipeline(SharedMixin):
 
     card_kind = "pipeline"
 
+    def _has_code(self, with_code: bool) -> bool:
+        return with_code or type(self).__module__.startswith("diffusers_modules.")
+
     def _save_code(self, folder: Path, with_code: bool) -> None:
-        if with_code or type(self).__module__.startswith("diffusers_modules."):
+        if self._has_code(with_code):
             save_pipeline_code(self, folder)
 
 
@@ -360,5 +419,7 @@ __all__ = [
     "SharedProcessor",
     "file_times",
     "prepare_card",
+    "refuse_unknown",
+    "share",
     "take_hub_options",
 ]

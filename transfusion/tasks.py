@@ -20,9 +20,11 @@ DRAWING_ARGUMENTS = (
     "generator",
     "guidance_scale",
     "height",
+    "image",
     "negative_prompt",
     "num_images_per_prompt",
     "num_inference_steps",
+    "output_type",
     "width",
 )
 
@@ -40,6 +42,12 @@ class _TransfusionTask(Pipeline):
         if self.processor.vae is not None:
             self.processor.vae.to(self.device)
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse an empty list, at which transformers would fail."""
+        if isinstance(inputs, list | tuple) and not inputs:
+            raise ValueError(f"inputs={inputs!r}; give one, or a list of at least one.")
+        return super().__call__(inputs, *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model and processor; transformers would save the parts of the processor and our code."""
         self.model.save_pretrained(save_directory, **kwargs)
@@ -53,8 +61,8 @@ class TextToImagePipeline(_TransfusionTask):
 
     Args of a call:
         inputs: A prompt, a list of prompts, or a data set of them.
-        num_inference_steps, guidance_scale, negative_prompt, height, width, generator: As in `TransfusionPipeline`;
-            `generator` is one for all.
+        num_inference_steps, guidance_scale, negative_prompt, height, width, output_type, image, generator: As in
+            `TransfusionPipeline`; `image`, which is to be changed, and `generator` are one for all.
         num_images_per_prompt: More than 1 gives a list for each prompt.
         batch_size: Prompts that are drawn together.
     """
@@ -63,7 +71,9 @@ class TextToImagePipeline(_TransfusionTask):
         from .pipeline import TransfusionPipeline, read_scheduler
 
         super().__init__(*args, **kwargs)
-        scheduler = read_scheduler(self.model.name_or_path) if self.model.name_or_path else None
+        path = self.model.name_or_path
+        commit = getattr(self.model.config, "_commit_hash", None)  # absent where the model is of a folder
+        scheduler = read_scheduler(path, revision=commit) if path else None
         self.drawing = TransfusionPipeline(self.model, self.processor, scheduler)
         self.drawing.set_progress_bar_config(disable=True)
 

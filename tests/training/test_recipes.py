@@ -33,6 +33,7 @@ def test_config_fits_the_processor() -> None:
     config = demo_config(processor)
     processor.check_model(config)
     assert config.default_image_grid == (2, 2)
+    assert config.max_position_embeddings == processor.tokenizer.model_max_length == 1024
     assert 4e6 < TransfusionForMultimodalGeneration(config).num_parameters() < 8e6
 
 

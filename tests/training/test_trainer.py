@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from tests.fake_hub import make_fake_hub
+from tests.test_pipeline import make_pipeline
 from tests.tiny import tiny_config, tiny_model
 from tests.training.tiny_rows import RowList, largest_difference, ragged_rows, training_row
+from transfusion import TransfusionPipeline
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 from transfusion.training.collator import TransfusionDataCollator
 from transfusion.training.trainer import TransfusionTrainer, count_targets
@@ -262,6 +266,105 @@ def test_final_model_has_averaged_weights_and_no_pickle(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "training_args.json").read_text())["learning_rate"] == 1e-2
 
 
+def test_the_final_folder_is_a_pipeline_and_so_is_a_checkpoint(tmp_path: Path) -> None:
+    drawer = make_pipeline()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    rows = RowList([caption_row(drawer)])
+    trainer = TransfusionTrainer(drawer.model, args, train_dataset=rows, processing_class=drawer.processor)
+    trainer.train()
+    trainer.save_model()
+    for loaded in (
+        DiffusionPipeline.from_pretrained(tmp_path),
+        TransfusionPipeline.from_pretrained(tmp_path / "checkpoint-1"),
+    ):
+        assert loaded("a heart", num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_checkpoints_leave_out_a_vae_that_is_larger_than_what_is_trained(tmp_path: Path) -> None:
+    drawer = make_pipeline()
+    drawer.model.requires_grad_(False).lm_head.requires_grad_(True)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    rows = RowList([caption_row(drawer)])
+    trainer = TransfusionTrainer(drawer.model, args, train_dataset=rows, processing_class=drawer.processor)
+    trainer.train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-1" / "processor_config.json").exists()
+    assert trainer.processing_class is drawer.processor
+
+
+def caption_row(pipeline: Any) -> dict[str, Any]:
+    row = pipeline.processor(text=["a heart"], return_labels=True)
+    return {name: torch.tensor(row[name][0]) for name in ("input_ids", "labels")}
+
+
+def test_evaluation_is_the_same_each_time_and_leaves_the_training_alone(tmp_path: Path) -> None:
+    """With a collator that leaves the noise to the model."""
+    rows = RowList(ragged_rows())
+    collate = TransfusionDataCollator(tiny_config(objective="flow"))
+
+    def without_noise(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        made = collate(batch)
+        return {name: value for name, value in made.items() if name not in ("noise", "timesteps")}
+
+    trainer = TransfusionTrainer(tiny_model(objective="flow").float(), arguments(tmp_path), without_noise)
+    state = torch.get_rng_state()
+    losses = [trainer.evaluate(rows)["eval_loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_may_be_made_by_a_function(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=1)
+    trainer = TransfusionTrainer(
+        model_init=lambda: tiny_model().float(), args=args, train_dataset=RowList(ragged_rows()), ema_decay=0.9
+    )
+    trainer.train()
+    trainer.save_model()
+    assert TransfusionForMultimodalGeneration.from_pretrained(tmp_path).config.use_cache is True
+    with pytest.raises(ValueError, match="model='user/name'; load it first"):
+        TransfusionTrainer("user/name", args)
+    with pytest.raises(ValueError, match=r"config is a TransfusionProcessor; give model.config"):
+        TransfusionDataCollator(make_pipeline().processor)
+
+
+def test_settings_are_put_back_where_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_model().float(), make_pipeline().processor
+    trainer = TransfusionTrainer(model, arguments(tmp_path), processing_class=processor)
+    monkeypatch.setattr(trainer, "_saves_processor", lambda: False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        trainer.save_model(str(tmp_path / "file" / "checkpoint-1"), _internal_call=True)
+    assert trainer.processing_class is processor
+    with pytest.raises(OSError):
+        trainer.save_model(str(tmp_path / "file" / "final"))
+    assert model.config.use_cache is False
+
+
+def test_only_the_model_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each checkpoint too; not what lies beside it."""
+    (tmp_path / "hub").mkdir()
+    hub = make_fake_hub(tmp_path / "hub", monkeypatch)
+    drawer = make_pipeline()
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "push_to_hub": True}
+    args = arguments(tmp_path / "mine", hub_model_id="user/name", **options)
+    rows = RowList([caption_row(drawer)])
+    trainer = TransfusionTrainer(drawer.model, args, train_dataset=rows, processing_class=drawer.processor)
+    (tmp_path / "mine" / "diary.txt").write_text("private")
+    trainer.train()
+    trainer.push_to_hub(card={"license": "mit"}, tags="emoji")
+    messages = [commit["commit_message"] for commit in hub.commits]
+    assert messages == ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
+    trainer.save_model()
+    written = {path.relative_to(tmp_path / "mine").as_posix() for path in (tmp_path / "mine").rglob("*")}
+    names = set(hub.repositories["user/name"])
+    assert {"README.md", "model.safetensors", "training_args.json", "model_index.json"} <= names
+    assert names - {"README.md"} <= written and not [name for name in names if "checkpoint" in name or "diary" in name]
+    card = hub.repositories["user/name"]["README.md"].decode()
+    assert "license: mit" in card and "emoji" in card and "TransfusionPipeline" in card
+    trainer.create_model_card({"license": "mit"})
+    assert "license: mit" in (tmp_path / "mine" / "README.md").read_text()
+
+
 def test_evaluation_uses_averaged_weights(tmp_path: Path) -> None:
     model, rows = tiny_model().float(), RowList(ragged_rows())
     args = arguments(tmp_path, max_steps=5, learning_rate=1e-2, per_device_eval_batch_size=12)
@@ -316,10 +419,14 @@ BEST = {"save_strategy": "steps", "eval_strategy": "steps"}
         ({"max_minutes": 0.0}, "max_minutes is 0.0"),
         ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
         ({"args": {"hub_token": "secret"}}, "hub_token"),
+        ({"args": {"push_to_hub": True, "hub_strategy": "checkpoint"}}, "would upload checkpoints"),
         ({"ema_decay": 0.9, "args": {"load_best_model_at_end": True, **BEST}}, "load_best_model_at_end"),
     ],
 )
-def test_settings_that_do_not_go_together(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_settings_that_do_not_go_together(
+    options: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_fake_hub(tmp_path, monkeypatch)
     args = arguments(tmp_path, **options.pop("args", {}))
     with pytest.raises(ValueError, match=reason):
         TransfusionTrainer(tiny_model(), args, eval_dataset=RowList([]), **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
 
 from ..configuration import TransfusionConfig
 from ..denoising import hide_text
@@ -70,7 +71,9 @@ class TransfusionDataCollator:
     with_sample_ids: bool = False
 
     def __post_init__(self) -> None:
-        """Check the probability."""
+        """Check both."""
+        if not isinstance(self.config, PreTrainedConfig):
+            raise ValueError(f"config is a {type(self.config).__name__}; give model.config.")
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"text_dropout is {self.text_dropout}; give a probability, 0 to 1.")
 

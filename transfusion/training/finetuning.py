@@ -240,7 +240,7 @@ def finetune(
     trainer.train(resume_from_checkpoint=resume)
     if merge:
         trainer.model = trained.merge_and_unload()
-    save_training(trainer, is_adapter=recipe.lora_rank is not None and not merge)
+    save_training(trainer)
     return trainer
 
 

@@ -19,7 +19,6 @@ from ..data import load_emoji, load_glosses, load_tokenizer, load_vae, read_imag
 from ..data.pictures import CaptionedPicture
 from ..image_processing import TransfusionImageProcessor
 from ..modeling_transfusion import TransfusionForMultimodalGeneration
-from ..pipeline import save_pipeline_parts
 from ..processing import TransfusionProcessor
 from .collator import TransfusionDataCollator
 from .latent_cache import encode_pictures
@@ -127,7 +126,9 @@ def demo_processor(image_size: int = 64) -> TransfusionProcessor:
     """The processor of the demo: the tokenizer and the VAE that ship with the package."""
     patch_size = PRESETS["demo"]["patch_size"]
     image_processor = TransfusionImageProcessor(size=image_size, patch_size=patch_size)
-    return TransfusionProcessor(image_processor, load_tokenizer(), load_vae())
+    tokenizer = load_tokenizer()
+    tokenizer.model_max_length = PRESETS["demo"]["max_position_embeddings"]
+    return TransfusionProcessor(image_processor, tokenizer, load_vae())
 
 
 def demo_config(processor: TransfusionProcessor, **overrides: Any) -> TransfusionConfig:
@@ -241,18 +242,12 @@ def add_sample_sheets(
     trainer.add_callback(sheets)
 
 
-def save_training(trainer: TransfusionTrainer, is_adapter: bool = False) -> None:
-    """Save into the trainer's folder: model and processor, as transformers and diffusers load them, state and curves.
-
-    Adapters are loaded on top of another folder, which has the pipeline.
-    """
-    folder = trainer.args.output_dir
+def save_training(trainer: TransfusionTrainer) -> None:
+    """Save model and processor, as transformers and diffusers load them, with state and loss curves."""
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, Path(folder, "losses.png"))
-        if not is_adapter:
-            save_pipeline_parts(folder, trainer.model.config)
+        plot_losses(trainer.state.log_history, Path(trainer.args.output_dir, "losses.png"))
 
 
 def train_demo(

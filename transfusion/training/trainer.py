@@ -1,8 +1,10 @@
 """`TransfusionTrainer`: transformers' Trainer with two losses that stay means, averaged weights, and a time budget."""
 
 import dataclasses
+import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.processing_utils import ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, get_last_checkpoint
+from transformers.utils import logging
 
 from ..hyper_connections import is_undecayed_parameter
 from ..inputs import learned_labels
 from ..latents import image_block_ids, patch_image_index
+from ..model_card import CARD_FILE
+from ..pipeline import save_pipeline_parts
+from ..sharing import prepare_card, share
 from .averaging import EmaCallback
 from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
 from .collator import IGNORE_INDEX, TransfusionDataCollator
+
+
+logger = logging.get_logger(__name__)
+
+# Paths of this machine, and secrets; they mean nothing elsewhere.
+PRIVATE_ARGUMENTS = ("deepspeed", "hub_token", "logging_dir", "output_dir", "resume_from_checkpoint", "run_name")
 
 
 def count_targets(batch: dict[str, Any], config: Any) -> Tensor:
@@ -76,12 +89,17 @@ class TransfusionTrainer(Trainer):
       use it; checkpoints hold both.
     * With `max_minutes`, the learning rate follows the clock and training ends in time.
     * Datasets with `set_epoch` are told the epoch, in every process.
-    * A saved model has `training_args.json` in place of the pickle `training_args.bin`. Beside the model, checkpoints
-      still hold the optimizer, the scheduler and the random states as Trainer writes them, with `torch.save`.
-    * Checkpoints hold no processor, whose VAE can be larger than the model; `save_model` writes it.
+    * Evaluation draws the same noise each time, and leaves the random state of the training as it was.
+    * `save_model` leaves a folder that transformers and diffusers load, if the processor is given as
+      `processing_class`. Checkpoints hold the processor too, unless its VAE is larger than what is trained.
+    * A saved model has `training_args.json` in place of the pickle `training_args.bin`, without paths (`output_dir`,
+      `logging_dir`, `run_name`, ...). Beside the model, checkpoints still hold the optimizer, the scheduler and the
+      random states as Trainer writes them, with `torch.save`.
+    * `push_to_hub` uploads what `save_model` writes and nothing else: no checkpoints, and no TensorBoard files, whose
+      names hold that of this machine.
 
     Args:
-        model: A `TransfusionForMultimodalGeneration`.
+        model: A `TransfusionForMultimodalGeneration`; None with `model_init`.
         args: As for Trainer.
         data_collator: By default `TransfusionDataCollator(model.config)`.
         ema_decay: For example 0.999.
@@ -94,7 +112,7 @@ class TransfusionTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         data_collator: Any = None,
         *,
@@ -102,13 +120,15 @@ class TransfusionTrainer(Trainer):
         max_minutes: float | None = None,
         **kwargs: Any,
     ) -> None:
-        use_cache = model.config.use_cache
-        if data_collator is None:
-            data_collator = TransfusionDataCollator(model.config)
-        if isinstance(data_collator, TransfusionDataCollator):
-            data_collator = dataclasses.replace(data_collator, with_sample_ids=True)
+        if isinstance(model, str):
+            raise ValueError(f"model={model!r}; load it first: AutoModel.from_pretrained({model!r}).")
+        if model is not None:
+            self._use_cache = model.config.use_cache
         super().__init__(model, args, data_collator, **kwargs)
-        self._use_cache = use_cache
+        if data_collator is None:
+            self.data_collator = TransfusionDataCollator(self.model.config)
+        if isinstance(self.data_collator, TransfusionDataCollator):
+            self.data_collator = dataclasses.replace(self.data_collator, with_sample_ids=True)
         self._train_sums, self._eval_sums = LossSums(), LossSums()
         self._ema = None if ema_decay is None else EmaCallback(ema_decay)
         self._budget = None if max_minutes is None else TimeBudget(max_minutes)
@@ -145,6 +165,11 @@ class TransfusionTrainer(Trainer):
             raise ValueError(
                 "hub_token would be uploaded in training_args.bin; use `hf auth login` or the variable HF_TOKEN."
             )
+        if self.args.push_to_hub and self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value!r} would upload checkpoints, which hold pickles and "
+                "paths; set 'end' or 'every_save'."
+            )
         if self._ema is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("ema_decay needs whole weights in every process; set it to None with FSDP or DeepSpeed.")
         if self._ema is not None and self.args.load_best_model_at_end:
@@ -154,6 +179,12 @@ class TransfusionTrainer(Trainer):
                 f"With max_minutes, max_steps={self.args.max_steps} must be left out, and warmup_steps="
                 f"{self.args.warmup_steps} must be a share of the time, below 1."
             )
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new model of `model_init`."""
+        model = super().call_model_init(trial)
+        self._use_cache = model.config.use_cache
+        return model
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within `with trainer.averaged_weights():` the model has its averaged weights, where there are any."""
@@ -254,8 +285,10 @@ class TransfusionTrainer(Trainer):
         return inputs
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate with averaged weights; losses are means over all tokens and patches, not over batches."""
-        with self.averaged_weights():
+        """Evaluate with averaged weights and noise of its own; losses are means over all tokens and patches."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.averaged_weights(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if output.metrics.get(f"{metric_key_prefix}_loss") is not None:
             text_loss, image_loss = self._eval_sums.pop_means(self).tolist()
@@ -282,24 +315,123 @@ class TransfusionTrainer(Trainer):
     # -- saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor; with the averaged weights, unless it is a checkpoint."""
-        if not _internal_call or output_dir in (None, self.args.output_dir):
-            with self.averaged_weights():
+        """Save model and processor for transformers and diffusers; a checkpoint for going on with the training.
+
+        The model has its averaged weights, in a checkpoint those of the latest step.
+        """
+        output_dir = output_dir or self.args.output_dir
+        if not _internal_call or output_dir == self.args.output_dir:
+            self._save_final(output_dir)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub("Model save", revision=self.args.hub_revision)
+        elif self._saves_processor():
+            super().save_model(output_dir, _internal_call)
+        else:
+            self.processing_class, processing_class = None, self.processing_class
+            try:
                 super().save_model(output_dir, _internal_call)
-            return
-        self.processing_class, processing_class = None, self.processing_class
-        super().save_model(output_dir, _internal_call)
-        self.processing_class = processing_class
+            finally:
+                self.processing_class = processing_class
+
+    def _save_final(self, folder: str) -> None:
+        with self.averaged_weights():
+            super().save_model(folder, _internal_call=True)
+        model = self.accelerator.unwrap_model(self.model)
+        is_adapter = not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded
+        if self.args.should_save and isinstance(self.processing_class, ProcessorMixin) and not is_adapter:
+            save_pipeline_parts(folder, model.config)
+
+    def _saves_processor(self) -> bool:
+        """Whether checkpoints hold the processor: its VAE, if any, is not larger than what is trained."""
+        vae = getattr(self.processing_class, "vae", None)  # a tokenizer has none
+        if vae is None or sum(weight.numel() for weight in vae.parameters()) <= self.get_num_trainable_parameters():
+            return True
+        logger.warning_once(
+            "Checkpoints are saved without the processor, whose VAE is larger than what is trained. To use one: "
+            "TransfusionPipeline(AutoModel.from_pretrained(checkpoint), processor)."
+        )
+        return False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / CARD_FILE
+        own_card = card.read_bytes() if card.exists() else None
         config = self.accelerator.unwrap_model(self.model).config
         config.use_cache, use_cache = self._use_cache, config.use_cache  # Trainer turned it off, for training
-        super()._save(output_dir, state_dict)
-        config.use_cache = use_cache
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = use_cache
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            # PEFT writes a card with the path of the model, or puts that into the one that is there.
+            if own_card is None:
+                card.unlink(missing_ok=True)
+            else:
+                card.write_bytes(own_card)
             (folder / TRAINING_ARGS_NAME).unlink()
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+            shared = {name: value for name, value in self.args.to_dict().items() if name not in PRIVATE_ARGUMENTS}
+            (folder / "training_args.json").write_text(json.dumps(shared, indent=2) + "\n", encoding="utf-8")
+
+    # -- sharing
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        card: Any = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Upload what `save_model` writes, and nothing else, with a model card.
+
+        Args:
+            commit_message: What the Hub shows beside the files.
+            blocking: Of no use: the call returns when all is uploaded.
+            token: By default that of `hf auth login` or the variable HF_TOKEN.
+            revision: A branch, by default `hub_revision` of the arguments, or else main.
+            private: Whether a new repository is.
+            card, tags: As for `push_to_hub` of a model.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_final(folder)  # in every process
+            if not self.is_world_process_zero():
+                return None
+            return share(
+                folder,
+                self._repo_id(),
+                self._card_kind(folder),
+                card,
+                private=self.args.hub_private_repo if private is None else private,
+                token=token,
+                revision=revision or self.args.hub_revision,
+                tags=self._all_tags(tags),
+                commit_message=commit_message,
+            )
+
+    def create_model_card(self, card: Any = None, tags: str | Sequence[str] | None = None) -> None:
+        """Write a model card into `output_dir`, as `push_to_hub` would; one that a person wrote stays."""
+        if self.is_world_process_zero():
+            folder = self.args.output_dir
+            prepare_card(Path(folder), self._repo_id(), self._card_kind(folder), card, self._all_tags(tags))
+
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    def _card_kind(self, folder: str) -> str:
+        return "pipeline" if Path(folder, "model_index.json").exists() else "model"
+
+    def _all_tags(self, tags: str | Sequence[str] | None) -> list[str]:
+        own = self.accelerator.unwrap_model(self.model).model_tags or ()
+        return [*([tags] if isinstance(tags, str) else tags or []), *own]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload the model as it is now; Trainer would upload all of `output_dir`."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
