@@ -68,13 +68,14 @@ def main(repository: str, folder: str) -> None:
     from transformers import (
         AutoConfig,
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    models = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    models = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     auto_classes = {
         auto_class.__name__: auto_class for auto_class in (AutoConfig, *models, AutoProcessor, AutoImageProcessor)
     }

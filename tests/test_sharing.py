@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 AUTO_CLASSES = {
     "AutoConfig": "TransfusionConfig",
     "AutoModel": "TransfusionForMultimodalGeneration",
+    "AutoModelForCausalLM": "TransfusionForMultimodalGeneration",
     "AutoModelForImageTextToText": "TransfusionForMultimodalGeneration",
     "AutoModelForMultimodalLM": "TransfusionForMultimodalGeneration",
     "AutoProcessor": "TransfusionProcessor",

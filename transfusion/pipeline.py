@@ -223,7 +223,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         if scheduler is LEFT_OUT or scheduler is None:
             scheduler = default_scheduler(model.config)
         require_scheduler(scheduler)
-        check_scheduler(scheduler, model.config.objective)
+        check_scheduler(scheduler, model.config.objective, model.config.num_train_timesteps)
         self.register_modules(model=model, processor=processor, scheduler=scheduler, vae=processor.vae)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -424,7 +424,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         inputs = self.processor(text=rows, return_tensors="pt")
         self._onload(self.model)
         inputs = inputs.to(self.model.device)
-        written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)
+        written = self.model.generate(**inputs, generation_mode="text", max_new_tokens=max_new_tokens, **kwargs)
         new = written[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
         self.maybe_free_model_hooks()
