@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 HUB_FLOORS = (
     ("autoencoder", "configuration", "diffusion", "experts", "hyper_connections", "latents", "layout", "model_card"),
     ("positions", "sharing"),
-    ("chat", "denoising", "image_processing", "inputs", "losses", "outputs", "patch_codec", "special_tokens"),
+    ("attention", "chat", "denoising", "image_processing", "inputs", "losses", "outputs", "patch_codec", "special_tokens"),
     ("warm_start",),
     ("interleaving", "processing_options"),
     ("generation",),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration import TransfusionConfig
-from .latents import image_block_ids, split_images
+from .latents import begin_positions, image_block_ids, split_images
 
 
 # How the names begin under which other models take pictures.
@@ -184,8 +184,34 @@ def drop_cached_images(
     return torch.cat([images[index] for index in new]), image_grids[new]
 
 
-def images_without_prior_text(input_ids: Tensor, attention_mask: Tensor | None, config: TransfusionConfig) -> Tensor:
-    """(N,) in reading order: True for an image before which its row of `input_ids` (B, L) has no text.
+def check_documents(
+    config: TransfusionConfig, document_ids: Tensor, input_ids: Tensor | None, past_key_values: Any
+) -> None:
+    """Raise a ValueError unless `document_ids` number the positions of `input_ids` (B, L), and cut no image."""
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        raise ValueError("document_ids came with past_key_values; several documents to a row are for training alone.")
+    if input_ids is None or torch.compiler.is_compiling():
+        return
+    if document_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)} and input_ids {tuple(input_ids.shape)}; give the "
+            "number of each position's document."
+        )
+    is_patch = input_ids == config.image_token_id
+    is_border = document_ids[:, 1:] != document_ids[:, :-1]
+    if (is_border & is_patch[:, 1:] & is_patch[:, :-1]).any():
+        raise ValueError("document_ids change within an image; a document ends where its image does, or later.")
+
+
+def images_without_prior_text(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    config: TransfusionConfig,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """(N,) in reading order: True for an image before which its document in `input_ids` (B, L) has no text.
+
+    A document is a row, or one of those that `document_ids` (B, L) tell apart.
 
     Training noises such an image up to `config.noise_limit` of the schedule, since the text after it describes it
     (paper, section 4.3.4). Control tokens, the begin-of-sequence token and padding are no text.
@@ -198,19 +224,27 @@ def images_without_prior_text(input_ids: Tensor, attention_mask: Tensor | None, 
     if attention_mask is not None:
         is_text &= attention_mask.bool()
     is_first_patch = image_mask & ~F.pad(image_mask, (1, 0))[:, :-1]
-    return (is_text.cumsum(dim=1) == 0)[is_first_patch]
+    num_texts = is_text.cumsum(dim=1)
+    if document_ids is not None:
+        begins = begin_positions(document_ids)
+        num_texts = num_texts - (num_texts - is_text.long()).gather(1, begins)
+    return (num_texts == 0)[is_first_patch]
 
 
-def learned_labels(input_ids: Tensor | None, labels: Tensor, config: TransfusionConfig) -> Tensor:
+def learned_labels(
+    input_ids: Tensor | None, labels: Tensor, config: TransfusionConfig, document_ids: Tensor | None = None
+) -> Tensor:
     """The next-token targets (B, L - 1) of `input_ids` (B, L): `labels` shifted, -100 where nothing is learned.
 
     Nothing is learned where the input is a patch or a begin-of-image token (paper, footnote 8), and a patch is no
     target. So begin-of-image is learned, which lets the model decide to draw, and end-of-image is not. All of
-    `boi_token_ids` are begin-of-image tokens.
+    `boi_token_ids` are begin-of-image tokens. The first token of the next of several documents in a row is no target.
 
         input    a    red  <boi> patch patch <eoi> heart <eos>
         target   red  <boi> .    .     .     heart <eos>
     """
+    if document_ids is not None:
+        labels = F.pad(labels[:, 1:].masked_fill(document_ids[:, 1:] != document_ids[:, :-1], -100), (1, 0))
     if input_ids is None:  # with inputs_embeds, `labels` alone say what is learned
         return labels[:, 1:]
     inputs, targets = input_ids[:, :-1], labels[:, 1:]
@@ -221,6 +255,7 @@ def learned_labels(input_ids: Tensor | None, labels: Tensor, config: Transfusion
 
 
 __all__ = [
+    "check_documents",
     "check_image_shapes",
     "check_inputs",
     "check_patches",

@@ -138,6 +138,14 @@ def image_block_ids(input_ids: Tensor, image_token_id: int) -> Tensor:
     return (is_first.cumsum(dim=1) - 1).masked_fill(~is_patch, -1)
 
 
+def begin_positions(document_ids: Tensor) -> Tensor:
+    """(B, L), where in its row the document of each position begins."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(is_first, places, 0).cummax(dim=1).values
+
+
 def patch_places(image_mask: Tensor, num_patches: int) -> Tensor:
     """(P,): where the `num_patches` patches stand in the rows of `image_mask` (B, L) laid end to end.
 
@@ -161,6 +169,7 @@ def _check_grids(image_grids: Tensor) -> None:
 
 
 __all__ = [
+    "begin_positions",
     "grid_coordinates",
     "image_block_ids",
     "patch_coordinates",

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -25,13 +24,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention import AttentionMask, segmented_attention_forward, transfusion_mask
 from .configuration import TransfusionConfig
 from .diffusion import NoiseProcess, noise_process_of
 from .experts import Modalities, by_modality, find_modalities
 from .generation import TransfusionGenerationMixin
 from .hyper_connections import add_branch, expand_streams, make_connection, reduce_streams
-from .inputs import check_inputs, images_without_prior_text, learned_labels, refuse_pictures
-from .latents import image_block_ids, patch_places
+from .inputs import check_documents, check_inputs, images_without_prior_text, learned_labels, refuse_pictures
+from .latents import begin_positions, patch_places
 from .losses import UNLEARNED, mean_cross_entropy, noise_images
 from .outputs import TransfusionModelOutput, TransfusionOutput
 from .patch_codec import make_patch_decoder, make_patch_encoder
@@ -128,7 +128,7 @@ class TransfusionAttention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionMask = None,
         past_key_values: Cache | None = None,
         modalities: Modalities | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -144,9 +144,11 @@ class TransfusionAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention: Callable = segmented_attention_forward
+        if not hasattr(attention_mask, "segments"):
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
         output, weights = attention(
             self,
             query,
@@ -202,7 +204,7 @@ class TransfusionDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionMask = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         modalities: Modalities | None = None,
@@ -268,53 +270,21 @@ class TransfusionPreTrainedModel(SharedModel, PreTrainedModel):
         tensors = chain(self.parameters(), self.buffers())
         return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("meta"))
 
+    def compile_layers(self, **options: Any) -> None:
+        """Compile each decoder layer by itself, in place: all layers share one graph, which takes seconds to make.
+
+        `options` are those of `torch.compile`. Names of parameters, saving and loading stay as they are.
+        """
+        for module in self.modules():
+            if type(module).__name__ == "TransfusionDecoderLayer":
+                module.compile(**options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # Convolutions of the U-Net keep torch's scale, by which it learns faster, or start at zero.
         if isinstance(module, nn.Conv2d) or type(module).__name__ in _SELF_INITIALISED:
             module.reset_parameters()
-
-
-def transfusion_mask(
-    config: TransfusionConfig,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    image_mask: Tensor | None,
-) -> Tensor | None:
-    """Causal everywhere, bidirectional inside each image (paper, section 3 and figure 4).
-
-    Position i may look at j where `j <= i`, or where both are patches of one image. Begin- and end-of-image tokens
-    are causal, like text; so are patches with `config.image_attention = "causal"`. For
-    `a red <boi> patch patch patch <eoi> heart`, with 1 where a row may look at a column:
-
-        a        1 . . . . . . .
-        red      1 1 . . . . . .
-        <boi>    1 1 1 . . . . .
-        patch    1 1 1 1 1 1 . .
-        patch    1 1 1 1 1 1 . .
-        patch    1 1 1 1 1 1 . .
-        <eoi>    1 1 1 1 1 1 1 .
-        heart    1 1 1 1 1 1 1 1
-
-    Args:
-        config: Names the attention implementation, which decides the form of the mask.
-        inputs_embeds: (B, L, H); only its shape, dtype and device matter.
-        attention_mask: (B, past + L) with 0 where a key is hidden from every query, or a finished 4-D mask.
-        past_key_values: The cache, whose positions come before the L of this call.
-        image_mask: (B, L), True at patches, or None where there is none.
-
-    Returns:
-        What the attention implementation takes: None, a 4-D tensor or a block mask.
-    """
-    block_ids = None
-    if image_mask is not None and config.image_attention == "bidirectional":
-        block_ids = image_block_ids(image_mask.long(), 1)
-        if past_key_values is not None:  # ids count from the first cached position
-            block_ids = F.pad(block_ids, (past_key_values.get_seq_length(), 0), value=-1)
-    # Without position_ids: transformers takes a jump in them for a border between packed documents.
-    return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, block_sequence_ids=block_ids)
 
 
 # trf-ignore: TRF057
@@ -360,6 +330,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         latent_patches: Tensor | None = None,
         image_grids: Tensor | None = None,
         timesteps: Tensor | None = None,
+        document_ids: Tensor | None = None,
         patch_repeats: int = 1,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -368,13 +339,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
         Args:
             input_ids: (B, L) token ids; patches hold `image_token_id`.
-            attention_mask: (B, past + L), 0 where a key is hidden. Positions do not move by it.
+            attention_mask: (B, past + L), 0 where a key is hidden. Positions do not move by it. Or a finished mask.
             position_ids: (B, L); by default counted on from the cache.
             past_key_values: Cache of the positions before these.
             inputs_embeds: (B, L, H) in place of `input_ids`.
             latent_patches: (P, D), the patches as they are, noisy or clean.
             image_grids: (N, 2), rows and columns of patches of each image.
             timesteps: (N,), the noise level of each image; clean (0) by default.
+            document_ids: (B, L), which of the documents that share a row a position belongs to.
             patch_repeats: How often the images stand in the batch, one set of rows after the other. They are encoded
                 once.
             use_cache: Whether to return the keys and values.
@@ -393,6 +365,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+            if document_ids is not None:
+                position_ids = position_ids - begin_positions(document_ids)
         if latent_patches is not None:
             if image_grids is None:
                 raise ValueError("latent_patches came without image_grids; give both, as the processor makes them.")
@@ -409,7 +383,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 modalities = find_modalities(image_mask, patch_embeds.shape[0])
             if latent_patches.shape[0] == 0:
                 image_mask = None  # a plain causal mask, which the fused kernels need not read
-        mask = transfusion_mask(self.config, inputs_embeds, attention_mask, past_key_values, image_mask)
+        mask = transfusion_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, image_mask, document_ids, self.training
+        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -458,6 +434,9 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         position_ids: (B, L); by default 0, 1, ... counted on from the cache, whatever the mask hides.
         past_key_values: Cache of earlier positions.
         inputs_embeds: (B, L, H) in place of `input_ids`.
+        document_ids: (B, L) for rows that hold several documents one after the other, as packing makes them: the
+            number of each position's document, -1 at padding. Documents do not see each other, and positions count
+            from the beginning of each.
         latent_patches: (P, D), the patches of all images in reading order.
         image_grids: (N, 2), their rows and columns of patches.
         timesteps: (N,) noise levels: for `ddpm` integers 0..999 as diffusers' `add_noise` takes them, for `flow`
@@ -538,6 +517,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         timesteps: Tensor | None = None,
         image_loss_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
         patch_repeats: int = 1,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -555,13 +535,16 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         noise, shifted_labels = kwargs.pop("noise", None), kwargs.get("shift_labels")
         given_images = (latent_patches, image_grids, timesteps, noise, image_loss_mask)
         self._check(kwargs, past_key_values, input_ids, inputs_embeds, *given_images)
+        if document_ids is not None:
+            check_documents(self.config, document_ids, input_ids, past_key_values)
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
             image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
         images = logits = image_prediction = text_loss = image_loss = loss = None
         if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
-            timesteps = self.draw_timesteps(image_grids, input_ids, attention_mask) if timesteps is None else timesteps
+            if timesteps is None:
+                timesteps = self.draw_timesteps(image_grids, input_ids, attention_mask, document_ids)
             images = noise_images(self.noise_process, latent_patches, image_grids, timesteps, noise, image_loss_mask)
             latent_patches, timesteps = images.patches, images.timesteps
 
@@ -574,6 +557,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             latent_patches=latent_patches,
             image_grids=image_grids,
             timesteps=timesteps,
+            document_ids=document_ids,
             patch_repeats=patch_repeats,
             use_cache=use_cache,
             **kwargs,
@@ -594,7 +578,9 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             image_loss = images.loss(image_prediction, num_image_items_in_batch)
             loss = self.config.image_loss_weight * image_loss
         if labels is not None:
-            text_loss = self.text_loss(hidden_states, input_ids, labels, num_items_in_batch, shifted_labels)
+            text_loss = self.text_loss(
+                hidden_states, input_ids, labels, num_items_in_batch, shifted_labels, document_ids
+            )
             loss = text_loss + loss
         return TransfusionOutput(
             loss=loss,
@@ -640,6 +626,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         labels: Tensor,
         num_targets: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the next token, from `hidden_states` (B, L, H) at the positions that are learned.
 
@@ -648,17 +635,25 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         if shift_labels is not None:
             labels = F.pad(shift_labels, (1, 0))
             input_ids = None if input_ids is None else F.pad(input_ids, (0, 1))
-        targets = learned_labels(input_ids, labels, self.config)
+        targets = learned_labels(input_ids, labels, self.config, document_ids)
         hidden_states = hidden_states[:, : targets.shape[1]]
         if not torch.compiler.is_compiling():  # a compiled graph has no shape that depends on values
             is_target = targets != UNLEARNED
             hidden_states, targets = hidden_states[is_target], targets[is_target]
         return mean_cross_entropy(self.lm_head(hidden_states).flatten(0, -2), targets.flatten(), num_targets)
 
-    def draw_timesteps(self, image_grids: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def draw_timesteps(
+        self,
+        image_grids: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
         """Draw a timestep for each image, up to `noise_limit` where no text precedes it (section 4.3.4)."""
         uniform = torch.rand(image_grids.shape[0], device=image_grids.device)
-        capped = None if input_ids is None else images_without_prior_text(input_ids, attention_mask, self.config)
+        capped = None
+        if input_ids is not None:
+            capped = images_without_prior_text(input_ids, attention_mask, self.config, document_ids)
         return self.noise_process.timestep_from_uniform(uniform, capped)
 
 

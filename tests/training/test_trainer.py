@@ -38,6 +38,7 @@ def sgd_trainer(
     rows: Dataset,
     output_dir: Any,
     ema_decay: float | None = None,
+    packed_length: int | None = None,
     **options: Any,
 ) -> TransfusionTrainer:
     """Plain gradient descent over the rows in their order."""
@@ -45,7 +46,7 @@ def sgd_trainer(
     defaults |= {"max_grad_norm": 0.0, "learning_rate": LEARNING_RATE}
     args = arguments(output_dir, **{**defaults, **options})
     optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
-    collator = TransfusionDataCollator(model.config, text_dropout=0.3)
+    collator = TransfusionDataCollator(model.config, text_dropout=0.3, packed_length=packed_length)
     optimizers = (optimizer, None)
     return TransfusionTrainer(model, args, collator, train_dataset=rows, optimizers=optimizers, ema_decay=ema_decay)
 
@@ -61,12 +62,16 @@ def one_step(objective: str) -> tuple[dict[str, torch.Tensor], Any]:
     return model.state_dict(), out
 
 
+@pytest.mark.parametrize("packed_length", [None, 24])
 @pytest.mark.parametrize("division", [(12, 1), (4, 3), (1, 12)])
-def test_a_step_does_not_depend_on_its_division(division: tuple[int, int], objective: str, tmp_path: Path) -> None:
+def test_a_step_does_not_depend_on_its_division(
+    division: tuple[int, int], packed_length: int | None, objective: str, tmp_path: Path
+) -> None:
     expected, out = one_step(objective)
     model = tiny_model(objective=objective)
     batch_size, accumulation = division
     options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    options |= {"packed_length": packed_length}
     trainer = sgd_trainer(model, RowList(ragged_rows()), tmp_path, max_steps=1, **options)
     trainer.train()
     assert largest_difference(model.state_dict(), expected) < 1e-12
@@ -74,6 +79,16 @@ def test_a_step_does_not_depend_on_its_division(division: tuple[int, int], objec
     assert logged["loss"] == pytest.approx(out.loss.item(), abs=1e-5)
     assert logged["text_loss"] == pytest.approx(out.text_loss.item(), abs=1e-5)
     assert logged["image_loss"] == pytest.approx(out.image_loss.item(), abs=1e-5)
+
+
+def test_evaluation_does_not_pack(tmp_path: Path) -> None:
+    rows = RowList(ragged_rows())
+    trainer = sgd_trainer(tiny_model(objective="flow"), rows, tmp_path, packed_length=24)
+    padded = sgd_trainer(tiny_model(objective="flow"), rows, tmp_path)
+    assert "document_ids" in next(iter(trainer.get_train_dataloader()))
+    assert "attention_mask" in next(iter(trainer.get_eval_dataloader(rows)))
+    assert "attention_mask" in next(iter(trainer.get_test_dataloader(rows)))
+    assert trainer.evaluate(rows)["eval_loss"] == padded.evaluate(rows)["eval_loss"]
 
 
 @pytest.mark.distributed

@@ -18,6 +18,7 @@ from ..denoising import hide_text
 from ..diffusion import noise_process_of
 from ..inputs import check_inputs, images_without_prior_text
 from ..latents import patch_image_index
+from .packing import pack
 
 
 IGNORE_INDEX = -100
@@ -41,7 +42,7 @@ class _Sample:
 
 @dataclass
 class TransfusionDataCollator:
-    """Makes a right-padded training batch of rows.
+    """Makes a right-padded, or packed, training batch of rows.
 
     A row is a dict:
 
@@ -53,7 +54,9 @@ class TransfusionDataCollator:
         sample_id: A name for error messages.
 
     The batch holds what `forward` takes: `input_ids`, `attention_mask`, `labels`, and where there are images
-    `latent_patches`, `image_grids`, `image_loss_mask`, `timesteps`, `noise`.
+    `latent_patches`, `image_grids`, `image_loss_mask`, `timesteps`, `noise`. With `packed_length` rows are laid one
+    after the other, without padding between them, and `position_ids` and `document_ids` take the place of
+    `attention_mask`; the losses are the same.
 
     With probability `text_dropout` a row loses the text ahead of its last learned image, as classifier-free guidance
     needs it (Ho & Salimans 2021): hidden by the mask, with every position kept, and neither it nor what it would
@@ -63,19 +66,23 @@ class TransfusionDataCollator:
     Args:
         config: The model's.
         text_dropout: Probability per row.
+        packed_length: Pack the rows of a batch, first fit by length, into rows of at most so many tokens.
         with_sample_ids: Add the list `sample_ids`, which `TransfusionTrainer` takes out again.
     """
 
     config: TransfusionConfig
     text_dropout: float = 0.1
+    packed_length: int | None = None
     with_sample_ids: bool = False
 
     def __post_init__(self) -> None:
-        """Check both."""
+        """Check what was given."""
         if not isinstance(self.config, PreTrainedConfig):
             raise ValueError(f"config is a {type(self.config).__name__}; give model.config.")
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"text_dropout is {self.text_dropout}; give a probability, 0 to 1.")
+        if self.packed_length is not None and self.packed_length < 1:
+            raise ValueError(f"packed_length is {self.packed_length}; give a number of tokens, or None.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate `rows`.
@@ -99,7 +106,10 @@ class TransfusionDataCollator:
             self._drop_text(batch, torch.cat([sample.dropout_draw for sample in samples]) < self.text_dropout)
         if self.with_sample_ids:
             batch["sample_ids"] = [sample.name for sample in samples]
-        return batch
+        if self.packed_length is None:
+            return batch
+        assert self.config.image_token_id is not None  # the config fills it in
+        return pack(batch, self.packed_length, self.config.image_token_id)
 
     def _read(self, row: Mapping[str, Any], index: int) -> _Sample:
         """Check a row by itself and draw for it."""

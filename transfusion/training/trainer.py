@@ -5,7 +5,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ PRIVATE_ARGUMENTS = ("deepspeed", "hub_token", "logging_dir", "output_dir", "res
 
 def count_targets(batch: dict[str, Any], config: Any) -> Tensor:
     """(2,) float: how many text tokens, and how many patches, have a loss in `batch`."""
-    targets = learned_labels(batch["input_ids"], batch["labels"], config)
+    targets = learned_labels(batch["input_ids"], batch["labels"], config, batch.get("document_ids"))
     num_tokens = (targets != IGNORE_INDEX).sum()
     num_patches = torch.zeros_like(num_tokens)
     if (latent_patches := batch.get("latent_patches")) is not None:
@@ -260,6 +260,27 @@ class TransfusionTrainer(Trainer):
         super().log(logs, start_time)
 
     # -- evaluation
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        """Within this, rows are not packed: who evaluates wants to know how many there are, and which came twice."""
+        collator = self.data_collator
+        if getattr(collator, "packed_length", None) is not None:
+            self.data_collator = dataclasses.replace(collator, packed_length=None)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer makes it, of rows that are not packed."""
+        with self._unpacked():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Likewise."""
+        with self._unpacked():
+            return super().get_test_dataloader(test_dataset)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

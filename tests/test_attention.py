@@ -1,0 +1,121 @@
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.attention import (
+    MAX_TEXT_QUERIES,
+    Segment,
+    SegmentedMask,
+    left_padded_segments,
+    packed_segments,
+    segmented_attention,
+)
+from transfusion.latents import image_block_ids
+
+
+# Two rows of documents: texts and images of 97 ... 98 in any order, with padding at the end of the second.
+ROWS = torch.tensor(
+    [
+        [5, 6, 7, 97, 99, 99, 99, 99, 98, 8, 9, 5, 97, 99, 99, 98, 97, 99, 99, 99, 98, 3],
+        [97, 99, 99, 98, 5, 6, 5, 5, 5, 5, 97, 99, 98, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+    ]
+)
+DOCUMENTS = torch.tensor([[0] * 11 + [1] * 11, [0] * 6 + [1] * 8 + [2] * 5 + [-1] * 3])
+
+
+def dense(mask: SegmentedMask, shape: tuple[int, int, int]) -> Tensor:
+    """(B, L, K), True where a segment lets a query look at a key; each query is in one segment."""
+    allowed = torch.zeros(shape, dtype=torch.bool)
+    held = torch.zeros(shape[:2], dtype=torch.long)
+    for rows, queries, keys, is_causal in mask.segments:
+        length = keys[1] - keys[0]
+        for row in range(*rows):
+            for query in range(*queries):
+                last = length - (queries[1] - 1 - query) if is_causal else length
+                allowed[row, query, keys[0] : keys[0] + last] = True
+                held[row, query] += 1
+    assert (held == 1).all()
+    return allowed
+
+
+def reference_mask(documents: Tensor, blocks: Tensor) -> Tensor:
+    """(B, L, L), pair by pair."""
+    size = documents.shape[1]
+    allowed = torch.zeros(len(documents), size, size, dtype=torch.bool)
+    for row in range(len(documents)):
+        for i in range(size):
+            for j in range(size):
+                same_document = documents[row, i] == documents[row, j]
+                same_image = blocks[row, i] >= 0 and blocks[row, i] == blocks[row, j]
+                allowed[row, i, j] = same_document and (j <= i or same_image)
+    return allowed
+
+
+def attention_by_mask(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~allowed[:, None], -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("max_queries", [2, MAX_TEXT_QUERIES])
+def test_packed_segments_are_the_mask(max_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transfusion.attention.MAX_TEXT_QUERIES", max_queries)
+    blocks = image_block_ids(ROWS, 99)
+    mask = packed_segments(DOCUMENTS, blocks)
+    allowed = reference_mask(DOCUMENTS, blocks)
+    assert torch.equal(dense(mask, allowed.shape), allowed)
+    assert mask.num_pairs() == allowed.sum()
+
+
+def test_images_without_blocks_are_causal() -> None:
+    mask = packed_segments(DOCUMENTS, None)
+    expected = reference_mask(DOCUMENTS, torch.full_like(DOCUMENTS, -1))
+    assert torch.equal(dense(mask, expected.shape), expected)
+
+
+def test_long_text_is_cut_where_a_triangle_would_grow() -> None:
+    documents = torch.zeros(1, 3 * MAX_TEXT_QUERIES + 3, dtype=torch.long)
+    blocks = torch.full_like(documents, -1)
+    assert len(packed_segments(documents, blocks).segments) == 1  # a square, which needs no mask
+    blocks[0, 1:3] = 0
+    segments = packed_segments(documents, blocks).segments
+    assert [segment.queries[1] - segment.queries[0] for segment in segments] == [1, 2, *[MAX_TEXT_QUERIES] * 3]
+
+
+def test_rows_of_equal_padding_are_one_segment() -> None:
+    mask = left_padded_segments([3, 3, 0, 5, 5], num_queries=4, num_keys=9)
+    assert [segment.rows for segment in mask.segments] == [(0, 2), (2, 3), (3, 5)]
+    expected = torch.arange(9).expand(5, 4, 9) >= torch.tensor([3, 3, 0, 5, 5])[:, None, None]
+    assert torch.equal(dense(mask, (5, 4, 9)), expected)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_and_its_gradients_are_those_of_a_mask(key_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 22, 4, 8)  # laid out as projections are
+    query = torch.randn(shape, dtype=torch.float64, generator=generator).transpose(1, 2)
+    key, value = (
+        torch.randn(2, 22, key_heads, 8, dtype=torch.float64, generator=generator).transpose(1, 2) for _ in range(2)
+    )
+    direction = torch.randn(shape, dtype=torch.float64, generator=generator)
+    blocks = image_block_ids(ROWS, 99)
+    mask, allowed = packed_segments(DOCUMENTS, blocks), reference_mask(DOCUMENTS, blocks)
+    results = []
+    for attention in (
+        lambda *states: segmented_attention(*states, mask, 0.3),
+        lambda *states: attention_by_mask(*states, allowed, 0.3),
+    ):
+        states = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        output = attention(*states)
+        results.append([output, *torch.autograd.grad((output * direction).sum(), states)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(segmented_attention(query, key, value, mask, 0.3), results[1][0], atol=1e-12)
+
+
+def test_gradients_by_finite_differences() -> None:
+    mask = SegmentedMask([Segment((0, 1), (0, 2), (0, 2), True), Segment((0, 1), (2, 3), (0, 3), False)])
+    states = [torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *states: segmented_attention(*states, mask, 0.5), states)
