@@ -6,7 +6,7 @@ from transfusion.attention import (
     MAX_TEXT_QUERIES,
     Segment,
     SegmentedMask,
-    left_padded_segments,
+    cached_segments,
     packed_segments,
     segmented_attention,
 )
@@ -83,11 +83,20 @@ def test_long_text_is_cut_where_a_triangle_would_grow() -> None:
     assert [segment.queries[1] - segment.queries[0] for segment in segments] == [1, 2, *[MAX_TEXT_QUERIES] * 3]
 
 
-def test_rows_of_equal_padding_are_one_segment() -> None:
-    mask = left_padded_segments([3, 3, 0, 5, 5], num_queries=4, num_keys=9)
-    assert [segment.rows for segment in mask.segments] == [(0, 2), (2, 3), (3, 5)]
-    expected = torch.arange(9).expand(5, 4, 9) >= torch.tensor([3, 3, 0, 5, 5])[:, None, None]
-    assert torch.equal(dense(mask, (5, 4, 9)), expected)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_alike_are_one_segment(is_causal: bool) -> None:
+    firsts, queries = [3, 3, 0, 5, 5], [4, 4, 4, 4, 2]
+    keys = [(first, 5 + count) for first, count in zip(firsts, queries, strict=True)]
+    mask = cached_segments(keys, queries, is_causal)
+    assert [segment.rows for segment in mask.segments] == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    query, key, value = (torch.randn(5, 2, length, 8, dtype=torch.float64) for length in (4, 9, 9))
+    output = segmented_attention(query, key, value, mask, 0.3)
+    for row, ((first, end), count) in enumerate(zip(keys, queries, strict=True)):
+        allowed = torch.ones(1, count, end - first, dtype=torch.bool)
+        alone = [query[row, None, :, :count], *(tensor[row, None, :, first:end] for tensor in (key, value))]
+        allowed = allowed.tril(end - first - count) if is_causal else allowed
+        assert torch.allclose(output[row, None, :count], attention_by_mask(*alone, allowed, 0.3), atol=1e-12)
+        assert not output[row, count:].any()
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])

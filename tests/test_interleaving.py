@@ -1,5 +1,6 @@
 import math
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.generation import BaseStreamer
 
 from tests.tiny import force, make_batch, tiny_model
 from tests.tiny_processor import tiny_processor, tiny_tokenizer
-from transfusion.denoising import read_documents
+from transfusion.context import read_documents
 from transfusion.interleaving import TransfusionStreamer, _NamedGrids
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
@@ -54,6 +55,53 @@ def test_interleaved_rows_draw_in_their_own_time_and_go_on() -> None:
     assert output.image_grids == [[(1, 2)], [(2, 2)]]
     assert [[tuple(i.shape) for i in row] for row in output.images] == [[(2, 12)], [(4, 12)]]
     assert output.prompt_length == 2
+
+
+def runs_of(model: TransfusionForMultimodalGeneration, ids: Tensor, **options: Any) -> tuple[Any, list[list[int]]]:
+    """An interleaved generation, and the shape of what the model ran each time."""
+    shapes: list[list[int]] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(list(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    output = model.generate(ids, generation_mode="interleaved", do_sample=False, num_inference_steps=3, **options)
+    handle.remove()
+    return output, shapes
+
+
+def test_no_row_that_writes_waits_for_an_image_and_images_are_drawn_together() -> None:
+    answers = {5: BOI, EOI: 7, 7: EOS, 10: 11, 11: 12, 12: BOI, 20: 21, 21: 22, 22: 23, 23: 24, 24: EOS}
+    model = force(tiny_model(objective="flow"), answers)
+    ids = torch.tensor([[4, 5], [9, 10], [9, 20]])
+    output, shapes = runs_of(model, ids, image_grids=(1, 2), guidance_scale=1.0, max_new_tokens=9)
+    assert [row[2:].tolist() for row in output.sequences] == [
+        [BOI, PATCH, PATCH, EOI, 7, EOS, 0, 0],
+        [11, 12, BOI, PATCH, PATCH, EOI, 7, EOS],
+        [21, 22, 23, 24, EOS, 0, 0, 0],
+    ]
+    # Prompts; four tokens, while two rows begin images; three steps for both; both images are committed; a token.
+    assert shapes == [[3, 2]] + [[3, 1]] * 5 + [[2, 2]] * 3 + [[3, 3]] + [[3, 1]]
+
+
+def test_rows_that_drew_are_held_to_lengths_of_their_own() -> None:
+    """A row that waited while the others wrote may still write as many tokens, and processors see its own length."""
+    answers = {5: BOI, EOI: 30, 30: 30, 10: 10}
+    model = force(tiny_model(objective="flow"), answers)
+    ids = torch.tensor([[4, 5], [9, 10]])
+    lengths: list[tuple[int, ...]] = []
+
+    class Recorder(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            lengths.append(tuple(input_ids.shape))
+            return scores
+
+    options = {"image_grids": (1, 1), "max_new_tokens": 4, "logits_processor": LogitsProcessorList([Recorder()])}
+    options |= {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    output, _ = runs_of(model, ids, **options)
+    assert output.sequences[:, 2:].tolist() == [[BOI, PATCH, EOI, 30, 30, 30], [10, 10, 10, 10, 0, 0]]
+    assert output.finish_reasons == ["length", "length"]
+    assert lengths == [(2, 2), (2, 3), (2, 4), (2, 5), (2, 3), (2, 4), (2, 5)]
+    assert [[int(row.argmax()) for row in scores] for scores in output.scores] == [[BOI, 10]] + [[30, 10]] * 3
+    assert len(output.logits) == 4
 
 
 def random_drawer() -> TransfusionForMultimodalGeneration:

@@ -1,9 +1,9 @@
 """Attention without a mask in memory: the Transfusion mask as a list of dense pieces (paper, section 3).
 
-Whatever a stretch of text or an image may look at lies in one run of keys. So the mask of a row falls into pieces, each
-of which a fused kernel computes alone, without reading a mask and without computing what it would hide: for text that
-begins a document a causal square, for an image all keys from the beginning of its document to its own end, and for text
-after that the same with a small triangle at the end.
+Whatever a stretch of text or an image may look at lies in one run of keys. So the mask of a row falls into pieces,
+each of which a fused kernel computes alone, without reading a mask and without computing what it would hide: for text
+that begins a document a causal square, for an image all keys from the beginning of its document to its own end, and
+for text after that the same with a small triangle at the end.
 
 Shapes: B rows, L positions, K keys, h heads, d head_dim.
 """
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 
 class SegmentedMask:
-    """A mask as segments, which together hold each query once. Compiled layers pass it on without looking inside."""
+    """A mask as segments, none of which share a query. Compiled layers pass it on without looking inside."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = tuple(segments)
@@ -169,23 +169,36 @@ def _segments_of_run(row: int, start: int, first: int, end: int, is_image: bool)
         yield Segment((row, row + 1), (query, stop), (start, stop), is_causal=not is_image)
 
 
-def left_padded_segments(num_hidden: Sequence[int], num_queries: int, num_keys: int) -> SegmentedMask:
-    """The segments of rows that look at all keys but the first `num_hidden` (B,) of them, which are padding."""
+def cached_segments(keys: Sequence[tuple[int, int]], num_queries: Sequence[int], is_causal: bool) -> SegmentedMask:
+    """The segments of rows of which each has cached keys.
+
+    Args:
+        keys: For each row the (first, end) of the keys that its queries look at.
+        num_queries: How many queries it has; what follows them in a batch of unlike rows is padding.
+        is_causal: Whether they look at each other as text does, or as the patches of an image do.
+    """
+    kinds = list(zip(keys, num_queries, strict=True))
     return SegmentedMask(
-        [Segment(rows, (0, num_queries), (num_hidden[rows[0]], num_keys), False) for rows in _runs(list(num_hidden))]
+        [Segment(rows, (0, kinds[rows[0]][1]), kinds[rows[0]][0], is_causal) for rows in _runs(kinds)]
     )
 
 
 def segmented_attention(query: Tensor, key: Tensor, value: Tensor, mask: SegmentedMask, scaling: float) -> Tensor:
-    """Attention of `query` (B, h, L, d) to `key` and `value` (B, h or fewer, K, d), as `mask` has it: (B, L, h, d)."""
+    """Attention of `query` (B, h, L, d) to `key` and `value` (B, h or fewer, K, d), as `mask` has it: (B, L, h, d).
+
+    Queries of no segment come out as zeros.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return _SegmentedAttention.apply(query, key, value, mask, scaling)
-    output = _empty_output(query, value)
+    output = _zeros_for(query, value)
     for segment in mask.segments:
-        parts = _cut(query, segment, segment.queries), *(_cut(tensor, segment, segment.keys) for tensor in (key, value))
+        parts = (
+            _cut(query, segment, segment.queries),
+            *(_cut(tensor, segment, segment.keys) for tensor in (key, value)),
+        )
         attended = F.scaled_dot_product_attention(*parts, **_causality(segment, query), scale=scaling)
         _cut(output.transpose(1, 2), segment, segment.queries).copy_(attended)
     return output
@@ -214,7 +227,7 @@ class _SegmentedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: SegmentedMask, scaling: float) -> Tensor:
-        output, norms = _empty_output(query, value), []
+        output, norms = _zeros_for(query, value), []
         for segment in mask.segments:
             attended, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _cut(query, segment, segment.queries),
@@ -251,9 +264,9 @@ class _SegmentedAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+def _zeros_for(query: Tensor, value: Tensor) -> Tensor:
     """(B, L, h, d), to be filled."""
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
 def _cut(tensor: Tensor, segment: Segment, places: tuple[int, int]) -> Tensor:
@@ -274,7 +287,7 @@ __all__ = [
     "AttentionMask",
     "Segment",
     "SegmentedMask",
-    "left_padded_segments",
+    "cached_segments",
     "packed_segments",
     "segmented_attention",
     "segmented_attention_forward",

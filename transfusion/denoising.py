@@ -1,167 +1,137 @@
 """Drawing: an image block is denoised against the frozen prefix of its document (paper, section 3).
 
-A document is a row of tokens in which each image is a run of `image_token_id`, and the patches of these images in
-reading order. Shapes: B rows, L tokens, n patches of one image, P patches of all, D patch_dim, V vocabulary.
+Shapes: B rows, N images that are drawn, R branches of guidance, K cached positions, n patches of one image, P patches
+of all, D patch_dim.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .configuration import TransfusionConfig
-from .latents import split_images
+from .attention import cached_segments
+from .context import Context, Document, Grid, hide_text
 
 
 # Called after each denoising step with (step, timestep, x_t (P, D)); may return other latents.
 StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
-Grid = tuple[int, int]
-
-
-@dataclass
-class Document:
-    """One row without padding: `input_ids` (L,), and the clean patches (n, D) and grid of each of its images."""
-
-    input_ids: Tensor
-    images: list[Tensor] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How to draw: the settings that all images of a call share."""
+    """How to draw: the settings that all images of a call share.
+
+    Attributes:
+        scheduler: A diffusers scheduler.
+        num_inference_steps: Denoising steps.
+        guidance_scale: 1 is no guidance.
+        callback: Called after each step.
+        guidance_interval: Shares of the schedule, 0 for clean and 1 for noise, between which there is guidance
+            (Kynkaanniemi et al. 2024, arXiv:2404.07724); a step outside costs one branch.
+    """
 
     scheduler: Any
     num_inference_steps: int
     guidance_scale: float
     callback: StepCallback | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
-def read_documents(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    latent_patches: Tensor | None,
-    image_grids: Tensor | None,
-    config: TransfusionConfig,
-) -> list[Document]:
-    """Cut a padded batch, on either side, into rows without padding, each with its images."""
-    visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if visible.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(visible.shape)} and input_ids {tuple(input_ids.shape)}; give the same."
-        )
-    if (latent_patches is None) != (image_grids is None):
-        raise ValueError("Of latent_patches and image_grids one is None; give both, as the processor makes them.")
-    rows = [ids[seen] for ids, seen in zip(input_ids, visible, strict=True)]
-    images = [] if latent_patches is None else list(split_images(latent_patches, image_grids))
-    grids = [] if image_grids is None else [(int(r), int(c)) for r, c in image_grids.tolist()]
-    documents, start = [], 0
-    for ids in rows:
-        is_patch = ids == config.image_token_id
-        is_first = is_patch & ~torch.cat([is_patch.new_zeros(1), is_patch[:-1]])
-        stop = start + int(is_first.sum())
-        documents.append(Document(ids, images[start:stop], grids[start:stop]))
-        start = stop
-    if start != len(images):
-        raise ValueError(
-            f"The prompts hold {start} runs of image placeholders and {len(images)} images came with them."
-        )
-    return documents
+class Denoiser:
+    """Predicts noise or velocity of images after the documents of a context, which it leaves as they are.
 
+    The documents may be R branches, [all of the first, all of the second]: then each image stands in every branch, is
+    encoded once, and has a prediction for each, in the order of the documents.
 
-def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Stack 1-D `rows` as (B, longest), padded with `value` on the left."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+    Nothing but the noisy patches and the timestep changes from step to step, so all else is made here, once: the mask
+    as segments, which the fused kernels compute without reading one, and on a CUDA device a graph of the whole step.
 
-
-class Context:
-    """Documents run once: their keys and values, how long they are, and the logits after their last token.
-
-    Documents of different lengths stand flush right, their padding hidden. What is run after them is either kept
-    (`extend`) or forgotten (`predict`).
+    Args:
+        context: What stands before the images; its padding is on the left.
+        grids: The grid of each of the N images.
     """
 
-    def __init__(self, model: Any, documents: list[Document], visible: list[Tensor]) -> None:
-        """Run `documents`; `visible` says per document which of its tokens may be looked at (L,)."""
-        self.model = model
-        self.cache: Any = None  # a transformers Cache after the first run
-        is_token = pad_left([torch.ones_like(seen) for seen in visible], False).to(model.device)
-        self.attention_mask = is_token.new_zeros(len(documents), 0, dtype=torch.long)
-        self.lengths = is_token.new_zeros(len(documents), dtype=torch.long)
-        self.logits = self.extend(
-            pad_left([document.input_ids for document in documents], model.config.eoi_token_id),
-            is_token,
-            [image for document in documents for image in document.images],
-            [grid for document in documents for grid in document.grids],
-            is_visible=pad_left(visible, False).to(model.device),
-        )
+    def __init__(self, context: Context, grids: Sequence[Grid]) -> None:
+        self.model, self.cache = context.model, context.cache
+        config, device = self.model.config, context.attention_mask.device
+        self.num_images = len(grids)
+        self.branches = len(context.lengths) // len(grids)
+        self.sizes = [rows * columns for rows, columns in grids] * self.branches
+        is_patch = torch.arange(max(self.sizes), device=device) < torch.tensor(self.sizes, device=device)[:, None]
+        self.num_patches = is_patch.shape[1]
+        self.inputs: dict[str, Any] = {
+            "input_ids": torch.where(is_patch, config.image_token_id, config.eoi_token_id),
+            "attention_mask": torch.cat([context.attention_mask, is_patch.long()], dim=1),
+            "position_ids": (context.lengths[:, None] + is_patch.cumsum(dim=1) - 1).clamp(min=0),
+            "image_grids": torch.tensor(grids, device=device),
+        }
+        if config._attn_implementation != "eager":
+            hidden = (context.attention_mask == 0).sum(dim=1).tolist()
+            length = context.attention_mask.shape[1]
+            keys = [(first, length + size) for first, size in zip(hidden, self.sizes, strict=True)]
+            is_causal = config.image_attention == "causal"
+            self.inputs["attention_mask"] = cached_segments(keys, self.sizes, is_causal)
+        self.graph = StepGraph(self._predict) if can_capture(self.model) else self._predict
 
-    def extend(
-        self,
-        input_ids: Tensor,
-        is_token: Tensor,
-        images: list[Tensor],
-        grids: list[Grid],
-        is_visible: Tensor | None = None,
-    ) -> Tensor:
-        """Append `input_ids` (B, q) where `is_token`, with the clean `images` in them; last logits (B, V)."""
-        self.attention_mask = torch.cat(
-            [self.attention_mask, (is_token if is_visible is None else is_visible).long()], dim=1
-        )
-        outputs = self._run(input_ids, is_token, self.attention_mask, images, grids, timesteps=None, logits_to_keep=1)
-        self.cache = outputs.past_key_values
-        self.lengths = self.lengths + is_token.sum(dim=1)
-        return outputs.logits[:, -1].float()
+    def __call__(self, x_t: Sequence[Tensor], timestep: Tensor) -> list[Tensor]:
+        """The prediction (n, D) for each document, of the N images `x_t` (n, D)."""
+        timesteps = timestep.to(x_t[0].device).expand(self.num_images)
+        return list(self.graph(torch.cat(list(x_t)), timesteps).split(self.sizes))
 
-    def predict(self, x_t: list[Tensor], grids: list[Grid], timestep: Tensor) -> list[Tensor]:
-        """Predict noise or velocity of the images `x_t` (n, D), one after each document, and forget them again.
-
-        The documents may be branches, [all of the first, all of the second]: then each image of `x_t` stands in every
-        branch, is encoded once, and has a prediction for each, in the order of the documents.
-        """
-        config = self.model.config
-        branches = len(self.lengths) // len(x_t)
-        sizes = [len(patches) for patches in x_t] * branches
-        counts = torch.tensor(sizes, device=self.lengths.device)
-        is_patch = torch.arange(max(sizes), device=counts.device) < counts[:, None]
-        outputs = self._run(
-            torch.where(is_patch, config.image_token_id, config.eoi_token_id),
-            is_patch,
-            torch.cat([self.attention_mask, is_patch.long()], dim=1),
-            x_t,
-            grids,
-            timesteps=timestep.expand(len(x_t)),
-            patch_repeats=branches,
-            skip_logits=True,
-        )
-        self.cache.crop(-is_patch.shape[1])
-        return list(outputs.image_prediction.float().split(sizes))
-
-    def _run(
-        self,
-        input_ids: Tensor,
-        is_token: Tensor,
-        attention_mask: Tensor,
-        images: list[Tensor],
-        grids: list[Grid],
-        **kwargs: Any,
-    ) -> Any:
-        device = self.model.device
-        return self.model(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask,
-            position_ids=(self.lengths[:, None] + is_token.cumsum(dim=1) - 1).clamp(min=0),
+    def _predict(self, latent_patches: Tensor, timesteps: Tensor) -> Tensor:
+        """(R * P, D) in float32."""
+        outputs = self.model(
+            **self.inputs,
             past_key_values=self.cache,
-            latent_patches=torch.cat(images).to(device) if images else None,
-            image_grids=torch.tensor(grids, device=device) if images else None,
+            latent_patches=latent_patches,
+            timesteps=timesteps,
+            patch_repeats=self.branches,
+            skip_logits=True,
             use_cache=True,
-            **kwargs,
         )
+        self.cache.crop(-self.num_patches)
+        return outputs.image_prediction.float()
+
+
+class StepGraph:
+    """A function of tensors as a CUDA graph, so that its kernels run without waiting for Python.
+
+    The first call runs the function, which lets kernels be chosen and compiled; the second records it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.inputs: list[Tensor] | None = None
+        self.recorded: tuple[Any, Tensor] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function of `inputs`, which are alike in shape in every call."""
+        if self.inputs is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            return self.function(*inputs)
+        for held, new in zip(self.inputs, inputs, strict=True):
+            held.copy_(new)
+        if self.recorded is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.function(*self.inputs)
+            self.recorded = graph, output
+        graph, output = self.recorded
+        graph.replay()
+        return output.clone()
+
+
+def can_capture(model: Any) -> bool:
+    """Whether a step of `model` can be recorded: all of it on one CUDA device, without hooks, and without a codec that
+    reads grids on the host.
+    """
+    has_hooks = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return model.device.type == "cuda" and not has_hooks and model.config.patch_codec != "unet"
 
 
 class SchedulerGroup:
@@ -210,15 +180,6 @@ class SchedulerGroup:
             x_t[row] = sample
 
 
-def hide_text(input_ids: Tensor, config: TransfusionConfig) -> Tensor:
-    """(L,), True at images and their begin and end tokens: what the unconditional branch may look at.
-
-    Training drops text in the same way: hidden by the mask, with every position kept.
-    """
-    control = (*config.boi_token_ids, config.eoi_token_id, config.image_token_id)
-    return torch.isin(input_ids, torch.tensor(control, device=input_ids.device))
-
-
 @torch.no_grad()
 def draw_images(
     model: Any,
@@ -228,41 +189,67 @@ def draw_images(
     drawing: Drawing,
     generators: list[torch.Generator | None],
     negative_documents: list[Document] | None = None,
+    context: Context | None = None,
 ) -> list[Tensor]:
     """Denoise one image after each document, which ends in a begin-of-image token, from `noise` (n, D) each.
 
     Guidance (Ho & Salimans 2021): unconditional + scale * (conditional - unconditional), both in one batch; a scale of
-    1 leaves the unconditional branch out.
+    1 leaves the unconditional branch out. `context` is what has run of the documents already, if it has.
     """
-    visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
-    is_guided = drawing.guidance_scale != 1.0
-    if is_guided and negative_documents is not None:
-        visible += [torch.ones_like(document.input_ids, dtype=torch.bool) for document in negative_documents]
-        documents = documents + negative_documents
-    elif is_guided:
-        visible += [hide_text(document.input_ids, model.config) for document in documents]
-        documents = documents + documents
-    context = Context(model, documents, visible)
-
+    context = Context.read(model, documents) if context is None else context
+    predict = Guided(context, documents, grids, drawing, negative_documents)
     sizes = sorted({len(patches) for patches in noise})
     members = [[row for row, patches in enumerate(noise) if len(patches) == size] for size in sizes]
     groups = [SchedulerGroup(drawing, rows, generators, model.device) for rows in members]
     x_t, model_input = list(noise), list(noise)
     for group in groups:
         group.start(x_t)
-    for step, timestep in enumerate(groups[0].scheduler.timesteps):
+    shares = (groups[0].scheduler.timesteps / model.config.num_train_timesteps).tolist()
+    for step, (timestep, share) in enumerate(zip(groups[0].scheduler.timesteps, shares, strict=True)):
         for group in groups:
             group.scale_input(model_input, x_t, timestep)
-        prediction = context.predict(model_input, grids, timestep)
-        if is_guided:
-            pairs = zip(prediction[: len(x_t)], prediction[len(x_t) :], strict=True)
-            prediction = [without + drawing.guidance_scale * (given - without) for given, without in pairs]
+        prediction = predict(model_input, timestep, share)
         for group in groups:
             group.step(prediction, timestep, x_t)
         if drawing.callback is not None:
             changed = drawing.callback(step, timestep, torch.cat(x_t))
             x_t = x_t if changed is None else list(changed.split([len(patches) for patches in x_t]))
     return x_t
+
+
+class Guided:
+    """Predictions with guidance, where there is any: each branch's documents are run once, beforehand."""
+
+    def __init__(
+        self,
+        context: Context,
+        documents: list[Document],
+        grids: list[Grid],
+        drawing: Drawing,
+        negative_documents: list[Document] | None,
+    ) -> None:
+        self.scale = drawing.guidance_scale
+        self.low, self.high = drawing.guidance_interval
+        is_guided = self.scale != 1.0
+        is_alone = not is_guided or drawing.guidance_interval != (0.0, 1.0)
+        self.alone = Denoiser(context, grids) if is_alone else None
+        self.both: Denoiser | None = None
+        if is_guided and negative_documents is not None:
+            without = Context.read(context.model, negative_documents)
+            self.both = Denoiser(Context.join([context, without]), grids)
+        elif is_guided:
+            visible = [hide_text(document.input_ids, context.model.config) for document in documents]
+            without = Context.read(context.model, documents, visible)
+            self.both = Denoiser(Context.join([context, without]), grids)
+
+    def __call__(self, x_t: list[Tensor], timestep: Tensor, share: float) -> list[Tensor]:
+        """The prediction (n, D) for each image of `x_t`, at `timestep`, which is this `share` of the schedule."""
+        if self.both is None or (self.alone is not None and not self.low <= share <= self.high):
+            assert self.alone is not None  # there is one wherever there may be a step without guidance
+            return self.alone(x_t, timestep)
+        prediction = self.both(x_t, timestep)
+        pairs = zip(prediction[: len(x_t)], prediction[len(x_t) :], strict=True)
+        return [without + self.scale * (given - without) for given, without in pairs]
 
 
 def draw_noise(

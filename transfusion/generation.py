@@ -6,7 +6,6 @@ V vocabulary.
 
 import copy
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,26 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from .caching import GrowingCache
 from .configuration import TransfusionConfig
-from .denoising import Document, Drawing, Grid, StepCallback, draw_images, draw_noise, read_documents
+from .context import Document, Grid, read_documents
+from .denoising import Drawing, StepCallback, draw_images, draw_noise
 from .diffusion import check_scheduler, make_scheduler
+from .generation_options import (
+    GENERATION_MODES,
+    NOT_FOR_IMAGES,
+    NOT_READ,
+    NOT_WHILE_DRAWING,
+    SAMPLING_DEFAULTS,
+    check_count,
+    check_guidance,
+    refuse_forced_tokens,
+    refuse_foreign_names,
+    refuse_options,
+)
 from .inputs import check_image_shapes, drop_cached_images
 from .interleaving import (
     InterleavedDecoder,
@@ -38,104 +52,6 @@ from .interleaving import (
     list_grids,
 )
 from .latents import image_block_ids, unpatchify
-
-
-# (denoising steps, guidance scale) where the caller names none; both stand in the generation config of a checkpoint.
-SAMPLING_DEFAULTS = {"ddpm": (50, 3.0), "flow": (30, 3.0)}
-
-GENERATION_MODES = ("text", "image", "interleaved")
-
-# Options that cannot work while images are drawn, with the values that leave them off.
-NOT_WHILE_DRAWING: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "assistant_model": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "past_key_values": (None,),
-    "cache_implementation": (None, "dynamic"),
-    "use_cache": (None, True),
-    "prefill_chunk_size": (None,),
-    "inputs_embeds": (None,),
-    "position_ids": (None,),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "token_healing": (None, False),
-    "custom_generate": (None,),
-    "synced_gpus": (None, False),
-}
-# The image mode chooses no token. Lengths and settings of the sampling are not read; what would have to be called for
-# each token, or come back for it, is refused.
-NOT_FOR_IMAGES = NOT_WHILE_DRAWING | {
-    "streamer": (None,),
-    "logits_processor": (None,),
-    "stopping_criteria": (None,),
-    "prefix_allowed_tokens_fn": (None,),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
-    "max_images": (None,),
-}
-
-# What stands in every batch of a training. transformers does not read labels here, and the ids say what is a patch.
-NOT_READ = ("labels", "mm_token_type_ids")
-
-_PATCHES = "latent_patches and image_grids, which the processor makes of pictures"
-_GRIDS = "output_image_grids=(rows, columns) of patches, or a size token at the end of the prompt"
-# Arguments of other libraries, and of text guidance, by what stands for them here.
-INSTEAD = {
-    "callback_on_step_end": "callback, which gets (step, timestep, noisy patches)",
-    "height": _GRIDS,
-    "image": _PATCHES,
-    "image_grid": _GRIDS,
-    "image_latents": "latents",
-    "image_size": _GRIDS,
-    "image_sizes": _PATCHES,
-    "images": _PATCHES,
-    "negative_prompt": "negative_input_ids",
-    "negative_prompt_attention_mask": "negative_attention_mask, as images alone are guided",
-    "negative_prompt_ids": "negative_input_ids, as images alone are guided",
-    "noise": "latents",
-    "num_images_per_prompt": "num_return_sequences",
-    "pixel_attention_mask": _PATCHES,
-    "pixel_values": _PATCHES,
-    "prompt": "input_ids, which the processor makes of texts",
-    "seed": "generator=torch.Generator().manual_seed(...)",
-    "width": _GRIDS,
-}
-
-
-def refuse_foreign_names(options: dict[str, Any]) -> None:
-    """Raise a ValueError where `options` have a name of another library, saying what it is called here."""
-    for name, ours in INSTEAD.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{name} is unknown to this model's generate; give {ours}.")
-
-
-def check_count(name: str, value: Any, lowest: int) -> None:
-    """Raise a ValueError unless `value` is an integer of `lowest` or more."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < lowest:
-        raise ValueError(f"{name}={value!r}; give an integer of {lowest} or more.")
-
-
-def refuse_options(mode: str, options: dict[str, Any], refused: dict[str, tuple[Any, ...]]) -> None:
-    """Raise a ValueError where `options` switch on what is `refused` in this mode."""
-    for name, off in refused.items():
-        value = options.get(name)
-        if not any(value is allowed or (isinstance(value, int | float | str) and value == allowed) for allowed in off):
-            shown = repr(value) if isinstance(value, bool | int | float | str) else type(value).__name__
-            raise ValueError(
-                f"{name}={shown} cannot draw: generation_mode={mode!r} works without it. Leave it out, or use "
-                "generation_mode='text'."
-            )
-
-
-def refuse_forced_tokens(generation_config: GenerationConfig, closed: Sequence[int]) -> None:
-    """Raise a ValueError where the options force a token that is never sampled."""
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = getattr(generation_config, name)
-        if set(forced if isinstance(forced, list | tuple) else [forced]) & set(closed):
-            raise ValueError(
-                f"{name}={forced} forces a token of images, which is never sampled here; force another token, or draw "
-                "with generation_mode='image' or 'interleaved'."
-            )
 
 
 class _ImageGate(LogitsProcessor):
@@ -208,6 +124,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         scheduler: Any = None,
         callback: StepCallback | None = None,
         generation_config: GenerationConfig | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Drawing:
         """Fill what the caller left open from `generation_config`, then from the model's, and check it.
 
@@ -216,16 +133,16 @@ class TransfusionGenerationMixin(GenerationMixin):
         default_steps, default_scale = SAMPLING_DEFAULTS[self.config.objective]
         steps = self._setting("num_inference_steps", num_inference_steps, generation_config, default_steps)
         scale = self._setting("guidance_scale", guidance_scale, generation_config, default_scale)
+        interval = self._setting("guidance_interval", guidance_interval, generation_config, (0.0, 1.0))
         check_count("num_inference_steps", steps, 1)
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-            raise ValueError(f"guidance_scale={scale!r}; give a finite number, 1 for no guidance.")
+        scale, interval = check_guidance(scale, interval)
         if scheduler is None or isinstance(scheduler, str):
             shift = self.config.timestep_shift if self.config.objective == "flow" else 1.0  # ddpm draws uniformly
             scheduler = make_scheduler(
                 self.config.objective, scheduler, shift=shift, num_train_timesteps=self.config.num_train_timesteps
             )
         check_scheduler(scheduler, self.config.objective, self.config.num_train_timesteps)
-        return Drawing(scheduler, int(steps), float(scale), callback)
+        return Drawing(scheduler, int(steps), scale, callback, interval)
 
     def _setting(self, name: str, given: Any, generation_config: GenerationConfig | None, default: Any) -> Any:
         """`given`, or else `name` of `generation_config`, or of the model's, or else the `default`."""
@@ -251,6 +168,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         latents: Tensor | None = None,
         callback: StepCallback | None = None,
         generation_config: GenerationConfig | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> TransfusionImageOutput:
         """Draw one image after each prompt.
 
@@ -271,7 +189,9 @@ class TransfusionGenerationMixin(GenerationMixin):
                 their text. Where they hold images, these are the images of the prompts.
             latents: (P, D) noise to start from.
             callback: Called after each step with (step, timestep, noisy patches); may return others.
-            generation_config: Steps and guidance scale where they are not given; by default the model's.
+            generation_config: Steps and guidance where they are not given; by default the model's.
+            guidance_interval: (low, high) shares of the schedule, 0 clean and 1 noise, between which there is guidance
+                (Kynkaanniemi et al. 2024); a step outside costs half. By default everywhere.
 
         Raises:
             ValueError: An empty batch, an impossible grid or one that a prompt's size token contradicts, a prompt that
@@ -281,7 +201,9 @@ class TransfusionGenerationMixin(GenerationMixin):
         documents, grids = self._read_prompts(
             input_ids, attention_mask, latent_patches, image_grids, output_image_grids
         )
-        drawing = self.prepare_drawing(num_inference_steps, guidance_scale, scheduler, callback, generation_config)
+        drawing = self.prepare_drawing(
+            num_inference_steps, guidance_scale, scheduler, callback, generation_config, guidance_interval
+        )
         generators = list_generators(generator, len(documents))
         noise = self._initial_noise(latents, grids, generators)
         negative_documents = None
@@ -365,6 +287,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         output_image_grids: Any = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         scheduler: Any = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         max_images: int | None = None,
@@ -386,7 +309,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 generation config, given or the model's, or else `"text"`.
             image_grids, output_image_grids: Where the config has size tokens, the model chooses the grid of each image
                 in interleaved mode by the token it begins it with, unless one is named here.
-            num_inference_steps, guidance_scale, scheduler: How to draw.
+            num_inference_steps, guidance_scale, guidance_interval, scheduler: How to draw.
             generator: One for all images, or one for each returned row.
             max_images: In interleaved mode, how many images a row may draw; after these it writes on without.
             kwargs: Everything else that transformers takes. Beside `past_key_values` come all images of the prompts,
@@ -409,7 +332,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         has_images = self._check_inputs(inputs, image_grids, kwargs)
         prompt_grids = {"image_grids": image_grids} if has_images else {}
         drawing: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        drawing |= {"scheduler": scheduler, "generator": generator}
+        drawing |= {"guidance_interval": guidance_interval, "scheduler": scheduler, "generator": generator}
         custom = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         if mode == "text":
             named = {"image_grids": None if has_images else image_grids, "output_image_grids": output_image_grids}
@@ -427,7 +350,11 @@ class TransfusionGenerationMixin(GenerationMixin):
         gate = _ImageGate(self.config)
         grids = image_grids if not has_images and output_image_grids is None else output_image_grids
         settings = self.prepare_drawing(
-            num_inference_steps, guidance_scale, scheduler, generation_config=generation_config
+            num_inference_steps,
+            guidance_scale,
+            scheduler,
+            generation_config=generation_config,
+            guidance_interval=guidance_interval,
         )
         decoder = InterleavedDecoder(settings, grids, generator, gate, kwargs.pop("streamer", None), max_images)
         custom["logits_processor"] = LogitsProcessorList([*(logits_processor or []), gate])
@@ -525,8 +452,8 @@ class TransfusionGenerationMixin(GenerationMixin):
                 "return_dict_in_generate=True: generation_mode='image' returns a tensor (B, C, H, W) of latents. "
                 "Leave it out, or call generate_images, which returns an object with patches and grids."
             )
-        names = ("num_inference_steps", "guidance_scale", "scheduler", "generator", "latents", "callback")
-        drawing = {name: kwargs.pop(name, None) for name in names}
+        names = ("num_inference_steps", "guidance_scale", "guidance_interval", "scheduler", "generator", "latents")
+        drawing = {name: kwargs.pop(name, None) for name in (*names, "callback")}
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in config.to_dict()]:
             raise ValueError(f"{', '.join(unknown)}: generation_mode='image' does not read this; leave it out.")
         if attention_mask is None:  # as transformers does for text: padding is hidden
@@ -568,6 +495,15 @@ class TransfusionGenerationMixin(GenerationMixin):
         tokenizer = kwargs.get("tokenizer")
         mode_kwargs = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
         return mode_kwargs if tokenizer is None else mode_kwargs | {"tokenizer": tokenizer}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        is_plain = generation_config.cache_implementation in (None, "dynamic")
+        if not is_given and is_plain and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
+            model_kwargs["past_key_values"] = GrowingCache(self.config)
 
     def _get_logits_processor(
         self,

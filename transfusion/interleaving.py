@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, K begin-of-image tokens, n patches of one image, P pat
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from .configuration import TransfusionConfig
-from .denoising import Context, Document, Drawing, Grid, draw_images, draw_noise, pad_left, read_documents
+from .context import Context, Document, Grid, pad_left, read_documents
+from .denoising import Drawing, draw_images, draw_noise
 
 
 # Why a row ended; where several apply at once, the first of these.
@@ -50,7 +51,8 @@ class TransfusionGenerateOutput(ModelOutput):
             criterion of the caller; "time", `max_time`; "length", `max_new_tokens` or `max_length`. Where several
             come true with one token, the first of these.
         scores: With `output_scores`, one (B, V) for each token that was chosen: what the logits processors made of
-            the logits. Patches and end-of-image tokens are not chosen, so they have none.
+            the logits; zeros where a row has fewer tokens. Patches and end-of-image tokens are not chosen, so they
+            have none.
         logits: With `output_logits`, likewise, before the logits processors.
     """
 
@@ -218,18 +220,37 @@ class Row:
     Attributes:
         document: The prompt and what was written and drawn after it.
         prompt: The prompt alone.
+        timeline: (L,) the padded prompt and its tokens, without patches and end-of-image: what logits processors and
+            stopping criteria see.
         grid: The grid that the caller named for its images.
         generator: What its noise is drawn from.
         images_left: How many images it may still begin; infinite without `max_images`.
         finish_reason: One of `FINISH_REASONS`, once it has ended.
+        waits: Whether it has begun an image that is not drawn yet.
+        scores, logits: (V,) for each token that was chosen, where the caller wants them.
     """
 
     document: Document
     prompt: Document
+    timeline: Tensor
     grid: Grid | None
     generator: torch.Generator | None
     images_left: float
     finish_reason: str | None = None
+    waits: bool = False
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def writes(self) -> bool:
+        """Whether its next token is to be chosen."""
+        return self.finish_reason is None and not self.waits
+
+    def timeline_of(self, length: int, padding_value: int) -> Tensor:
+        """Its timeline, cut or padded to `length`."""
+        return torch.nn.functional.pad(
+            self.timeline[:length], (0, length - len(self.timeline[:length])), value=padding_value
+        )
 
     def may_begin(self, config: TransfusionConfig) -> list[bool]:
         """For each begin-of-image token, whether the row may write it: within `max_images`, and with room to draw."""
@@ -288,9 +309,10 @@ class Stream:
 class InterleavedDecoder:
     """The decoding loop that switches to drawing (paper, section 3); `generate` calls it after its preparations.
 
-    All rows take one token per turn. A row that samples begin-of-image gets its image, denoised after its own
-    document; then the clean patches and the end-of-image token join the shared context in one run, in which the other
-    rows have hidden padding. These wait with the logits they hold.
+    Rows that write take one token per turn. A row that chooses begin-of-image waits until no row writes; then all that
+    wait are drawn in one batch, each after its own document, whose keys and values are there already. So no row that
+    writes ever waits for an image, and images are drawn together. The clean patches and the end-of-image token join
+    the shared context in one run; rows that take no part in a run have hidden padding there.
 
     Args:
         drawing: How to draw.
@@ -330,43 +352,26 @@ class InterleavedDecoder:
         images = model_kwargs.get("latent_patches"), model_kwargs.get("image_grids")
         rows = self.read_rows(model, input_ids, model_kwargs.get("attention_mask"), *images)
         stream = Stream(self.streamer, rows, model.config)
-        documents = [row.document for row in rows]
-        visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
-        context = Context(model, documents, visible)
-        begins = torch.tensor(model.config.boi_token_ids, device=input_ids.device)
         processors = LogitsProcessorList(logits_processor)
         if self.image_grids is not None and model.config.size_token_ids:
             named = [row.grid for row in rows if row.grid is not None]
             processors.append(_NamedGrids(named, model.config, input_ids.device))
-        scores: list[Tensor] = []
-        raw_logits: list[Tensor] = []
-        padding_value = find_padding(generation_config)
-        timeline, logits = input_ids, context.logits.to(input_ids.device)
-        is_live = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
-        is_drawing = torch.isin(torch.stack([document.input_ids[-1] for document in documents]), begins)
-        while True:
-            if is_drawing.any():
-                drawn = self.draw(model, context, rows, is_drawing, stream)
-                logits = torch.where(is_drawing[:, None], drawn.to(logits.device), logits)
-            if not is_live.any():
-                break
-            self.gate.open = torch.tensor([row.may_begin(model.config) for row in rows], device=logits.device)
-            processed = processors(timeline, logits.clone())
-            scores += [processed] if generation_config.output_scores else []
-            raw_logits += [logits] if generation_config.output_logits else []
-            tokens = choose_tokens(processed, generation_config.do_sample).where(is_live, padding_value)
-            timeline = torch.cat([timeline, tokens[:, None]], dim=1)
-            for row, token, lives in zip(rows, tokens, is_live, strict=True):
-                row.append(token[None][lives[None]])
-            stream.put(tokens[:1])
-            is_drawing = is_live & torch.isin(tokens, begins)
-            was_live = is_live
-            is_live = is_live & ~find_stopped(rows, stopping_criteria, timeline, tuple(scores) or None)
-            if is_live.any() or is_drawing.any():
-                logits = context.extend(tokens[:, None], was_live[:, None].to(model.device), [], [])
-                logits = logits.to(input_ids.device)
+        writer = Writer(rows, processors, stopping_criteria, generation_config, model.config.boi_token_ids)
+        context = Context.read(model, [row.document for row in rows])
+        while any(row.writes or row.waits for row in rows):
+            wrote = [row.writes for row in rows]
+            if any(wrote):
+                assert context.logits is not None  # of the last run
+                self.gate.open = torch.tensor([row.may_begin(model.config) for row in rows], device=input_ids.device)
+                tokens = writer.write(context.logits.to(input_ids.device))
+                stream.put(tokens[:1])
+                if any(row.writes or row.waits for row in rows):
+                    is_token = torch.tensor(wrote, device=model.device)[:, None]
+                    context.extend(tokens[:, None], is_token, [], [])
+            else:
+                self.draw(model, context, rows, stream)
         stream.end()
-        return collect_output(input_ids, rows, padding_value, tuple(scores) or None, tuple(raw_logits) or None)
+        return collect_output(input_ids, rows, writer.padding_value)
 
     def read_rows(
         self,
@@ -384,11 +389,12 @@ class InterleavedDecoder:
         grids = list_grids(self.image_grids, len(documents), config)
         generators = list_generators(self.generator, len(documents))
         rows = [
-            Row(document, copy.copy(document), grid, generator, self.max_images)
-            for document, grid, generator in zip(documents, grids, generators, strict=True)
+            Row(document, copy.copy(document), timeline, grid, generator, self.max_images)
+            for document, timeline, grid, generator in zip(documents, input_ids, grids, generators, strict=True)
         ]
         for row in rows:
-            if last_token(row.document) in config.boi_token_ids:
+            row.waits = last_token(row.document) in config.boi_token_ids
+            if row.waits:
                 check_room(row.document, grid_after(row.document, row.grid, config), config)
                 if self.max_images < 1:
                     raise ValueError(
@@ -397,22 +403,95 @@ class InterleavedDecoder:
                     )
         return rows
 
-    def draw(self, model: Any, context: Context, rows: list[Row], is_drawing: Tensor, stream: Stream) -> Tensor:
-        """Draw where `is_drawing` (B,), commit image and end-of-image token; return the logits (B, V) after them."""
+    def draw(self, model: Any, context: Context, rows: list[Row], stream: Stream) -> None:
+        """Draw for all rows that wait, and commit image and end-of-image token, after which some may go on."""
         config = model.config
-        chosen = [row for row, draws in zip(rows, is_drawing.tolist(), strict=True) if draws]
+        places = [place for place, row in enumerate(rows) if row.waits]
+        chosen = [rows[place] for place in places]
         grids = [grid_after(row.document, row.grid, config) for row in chosen]
         generators = [row.generator for row in chosen]
         noise = draw_noise(grids, generators, config.patch_dim, model.device)
-        images = draw_images(model, [row.document for row in chosen], noise, grids, self.drawing, generators)
-        nothing = torch.zeros(0, dtype=torch.long, device=is_drawing.device)
-        written = [nothing] * len(rows)
-        for place, image, grid in zip(is_drawing.nonzero().flatten().tolist(), images, grids, strict=True):
+        documents = [row.document for row in chosen]
+        images = draw_images(model, documents, noise, grids, self.drawing, generators, context=context.take(places))
+        written = [row.document.input_ids[:0] for row in rows]
+        for place, image, grid in zip(places, images, grids, strict=True):
             written[place] = rows[place].append_image(image, grid, config)
+            rows[place].waits = False
             stream.put_image(rows[place])
-        input_ids = pad_left(written, config.eoi_token_id).to(model.device)
-        is_token = pad_left([torch.ones_like(tokens) for tokens in written], 0).bool().to(model.device)
-        return context.extend(input_ids, is_token, images, grids)
+        if any(row.writes for row in rows):
+            input_ids = pad_left(written, config.eoi_token_id).to(model.device)
+            is_token = pad_left([torch.ones_like(tokens) for tokens in written], 0).bool().to(model.device)
+            context.extend(input_ids, is_token, images, grids)
+
+
+class Writer:
+    """Chooses the next token of all rows that write.
+
+    Rows that have drawn are behind the others in tokens. As logits processors and stopping criteria tell by the length
+    of a batch how far it is, they see the rows of one length at a time, each in its place in a whole batch.
+    """
+
+    def __init__(
+        self,
+        rows: list[Row],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        boi_token_ids: Sequence[int],
+    ) -> None:
+        self.rows = rows
+        self.processors = processors
+        self.criteria = criteria
+        self.config = generation_config
+        self.boi_token_ids = boi_token_ids
+        pad_token = generation_config._pad_token_tensor
+        self.padding_value = 0 if pad_token is None else int(pad_token)  # what fills rows that have ended
+
+    def write(self, logits: Tensor) -> Tensor:
+        """Choose tokens by `logits` (B, V), append them to the rows that write, and see which of these end.
+
+        Returns:
+            (B,) tokens; padding for rows that do not write.
+        """
+        tokens = torch.full_like(logits[:, 0], self.padding_value, dtype=torch.long)
+        groups: dict[int, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            if row.writes:
+                groups.setdefault(len(row.timeline), []).append(place)
+        for length, places in groups.items():
+            timeline = torch.stack([row.timeline_of(length, self.padding_value) for row in self.rows])
+            processed = self.processors(timeline, logits.clone())
+            chosen = choose_tokens(processed, self.config.do_sample)
+            for place in places:
+                self._append(self.rows[place], chosen[place], processed[place], logits[place])
+            tokens[places] = chosen[places]
+            self._stop(places, torch.cat([timeline, chosen[:, None]], dim=1))
+        return tokens
+
+    def _append(self, row: Row, token: Tensor, scores: Tensor, logits: Tensor) -> None:
+        row.append(token[None])
+        row.timeline = torch.cat([row.timeline, token[None]])
+        row.waits = int(token) in self.boi_token_ids
+        row.scores += [scores] if self.config.output_scores else []
+        row.logits += [logits] if self.config.output_logits else []
+
+    def _stop(self, places: list[int], timeline: Tensor) -> None:
+        """End the rows at `places` that a criterion stops after `timeline` (B, L), and note why."""
+        scores = stack_by_token([row.scores for row in self.rows])
+        stopped_by = [(finish_reason_of(criterion), criterion(timeline, scores)) for criterion in self.criteria]
+        for reason, stopped in sorted(stopped_by, key=lambda pair: FINISH_REASONS.index(pair[0])):
+            stops = torch.as_tensor(stopped).expand(len(self.rows)).tolist()
+            for row in (self.rows[place] for place in places if stops[place]):
+                row.finish_reason = row.finish_reason or reason
+
+
+def stack_by_token(rows: list[list[Tensor]]) -> tuple[Tensor, ...] | None:
+    """One (B, V) for each token, of (V,) for each token of each row; zeros where a row has fewer. None if empty."""
+    longest = max(map(len, rows))
+    if longest == 0:
+        return None
+    blank = torch.zeros_like(max(rows, key=len)[0])
+    return tuple(torch.stack([row[at] if at < len(row) else blank for row in rows]) for at in range(longest))
 
 
 def choose_tokens(scores: Tensor, do_sample: bool) -> Tensor:
@@ -426,34 +505,7 @@ def finish_reason_of(criterion: Any) -> str:
     return next((reason for kind, reason in kinds.items() if isinstance(criterion, kind)), "stop")
 
 
-def find_stopped(
-    rows: list[Row], criteria: StoppingCriteriaList, timeline: Tensor, scores: tuple[Tensor, ...] | None
-) -> Tensor:
-    """(B,), True where a criterion stops the row after `timeline` (B, L); rows that had not ended note the reason."""
-    running = torch.zeros(len(rows), dtype=torch.bool, device=timeline.device)
-    stopped_by = [(finish_reason_of(criterion), running | criterion(timeline, scores)) for criterion in criteria]
-    stopped_by.sort(key=lambda pair: FINISH_REASONS.index(pair[0]))
-    for reason, stopped in stopped_by:
-        running = running | stopped
-        for row, stops in zip(rows, stopped.tolist(), strict=True):
-            if stops and row.finish_reason is None:
-                row.finish_reason = reason
-    return running
-
-
-def find_padding(generation_config: GenerationConfig) -> int:
-    """What fills rows that have ended."""
-    pad_token = generation_config._pad_token_tensor
-    return 0 if pad_token is None else int(pad_token)
-
-
-def collect_output(
-    input_ids: Tensor,
-    rows: list[Row],
-    padding_value: int,
-    scores: tuple[Tensor, ...] | None,
-    logits: tuple[Tensor, ...] | None,
-) -> TransfusionGenerateOutput:
+def collect_output(input_ids: Tensor, rows: list[Row], padding_value: int) -> TransfusionGenerateOutput:
     """Put what `rows` hold beyond their prompts behind `input_ids` (B, L)."""
     new = [row.document.input_ids[len(row.prompt.input_ids) :] for row in rows]
     new_ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=padding_value)
@@ -463,8 +515,8 @@ def collect_output(
         image_grids=[row.document.grids[len(row.prompt.grids) :] for row in rows],
         prompt_length=input_ids.shape[1],
         finish_reasons=[row.finish_reason for row in rows if row.finish_reason is not None],
-        scores=scores,
-        logits=logits,
+        scores=stack_by_token([row.scores for row in rows]),
+        logits=stack_by_token([row.logits for row in rows]),
     )
 
 

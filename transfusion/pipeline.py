@@ -332,6 +332,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Any = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Any:
         """Draw, or with `image` edit.
 
@@ -350,6 +351,8 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: Which of `"latents"` the callback gets.
             image: The picture that each prompt says how to change, or one for each prompt. It stands before the
                 prompt, and before the negative prompt too.
+            guidance_interval: (low, high) shares of the schedule, 0 clean and 1 noise, between which there is
+                guidance; a step outside costs half as much.
 
         Raises:
             ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type or tensor for
@@ -366,7 +369,9 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         num_images = len(prompts) * num_images_per_prompt
         if latents is not None:
             latents = self.to_patches(latents, num_images, grid)
-        drawing = self.model.prepare_drawing(num_inference_steps, guidance_scale, self.scheduler)
+        drawing = self.model.prepare_drawing(
+            num_inference_steps, guidance_scale, self.scheduler, guidance_interval=guidance_interval
+        )
         self._interrupt, self._num_timesteps = False, self.count_steps(drawing.num_inference_steps)
         with self.progress_bar(total=self.num_timesteps) as progress:
 
@@ -386,6 +391,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
                     output_image_grids=grid,
                     num_inference_steps=drawing.num_inference_steps,
                     guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
                     scheduler=self.scheduler,
                     generator=generator,
                     latents=latents,

@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import Chat
 # Arguments of a call that go to `TransfusionPipeline`.
 DRAWING_ARGUMENTS = (
     "generator",
+    "guidance_interval",
     "guidance_scale",
     "height",
     "image",
@@ -61,8 +62,8 @@ class TextToImagePipeline(_TransfusionTask):
 
     Args of a call:
         inputs: A prompt, a list of prompts, or a data set of them.
-        num_inference_steps, guidance_scale, negative_prompt, height, width, output_type, image, generator: As in
-            `TransfusionPipeline`; `image`, which is to be changed, and `generator` are one for all.
+        num_inference_steps, guidance_scale, guidance_interval, negative_prompt, height, width, output_type, image,
+            generator: As in `TransfusionPipeline`; `image`, which is to be changed, and `generator` are one for all.
         num_images_per_prompt: More than 1 gives a list for each prompt.
         batch_size: Prompts that are drawn together.
     """

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from tests.tiny import tiny_config, tiny_model
 from tests.training.tiny_rows import RowList, ragged_rows, training_row
-from transfusion.denoising import hide_text
+from transfusion.context import hide_text
 from transfusion.inputs import learned_labels
 from transfusion.training.collator import TransfusionDataCollator
 

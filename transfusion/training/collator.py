@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from ..configuration import TransfusionConfig
-from ..denoising import hide_text
+from ..context import hide_text
 from ..diffusion import noise_process_of
 from ..inputs import check_inputs, images_without_prior_text
 from ..latents import patch_image_index

@@ -1,0 +1,69 @@
+"""A key-value cache that grows in place: transformers' `DynamicCache` copies all of itself for each new token.
+
+Shapes: B rows, h key and value heads, K cached positions, q new ones, d head_dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+# Room beyond what is needed, as a share of it and at least so many positions: a token is then copied twice on average.
+SPARE_SHARE, MIN_SPARE = 0.5, 64
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer whose `keys` and `values` (B, h, K, d) are the beginnings of larger tensors.
+
+    Whoever replaces `keys` and `values`, as beam search does to reorder them, loses nothing but the spare room.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `key_states` and `value_states` (B, h, q, d); return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled():  # autograd forbids to write over what it has read
+            return super().update(key_states, value_states, *args, **kwargs)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if not self._has_room(end):
+            pairs = ((self.keys, key_states), (self.values, value_states))
+            self.rooms = [self._make_room(old, new, end) for old, new in pairs]
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., length:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        return self.keys, self.values
+
+    def _has_room(self, length: int) -> bool:
+        """Whether the rooms hold what this layer holds now, and are long enough."""
+        held = (self.keys, self.values)
+        return bool(self.rooms) and all(
+            room.shape[-2] >= length and room.data_ptr() == old.data_ptr() and room.shape[:2] == old.shape[:2]
+            for room, old in zip(self.rooms, held, strict=True)
+        )
+
+    @staticmethod
+    def _make_room(old: Tensor, new: Tensor, length: int) -> Tensor:
+        spare = max(int(SPARE_SHARE * length), MIN_SPARE)
+        room = new.new_empty(*new.shape[:-2], length + spare, new.shape[-1])
+        if old.numel():
+            room[..., : old.shape[-2], :] = old
+        return room
+
+
+class GrowingCache(DynamicCache):
+    """A `DynamicCache` of growing layers."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() for _ in self.layers]
+
+
+__all__ = ["GrowingCache", "GrowingLayer"]
