@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from httpx2 import Request, Response
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+
+try:
+    from httpx2 import Request, Response
+except ImportError:  # huggingface_hub 1
+    from httpx import Request, Response  # type: ignore[import-not-found, no-redef]
 
 
 class FakeHub:

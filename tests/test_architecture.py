@@ -361,6 +361,19 @@ def test_hub_files_are_closed_for_transformers() -> None:
         assert copied <= {Path(hub_file.path) for hub_file in HUB_FILES}, f"{source.path} takes along {copied}"
 
 
+def test_private_names_of_transformers_are_those_of_every_version() -> None:
+    """From 5.17, the oldest that is allowed; others have come and gone since."""
+    found = {
+        alias.name
+        for source in PACKAGE
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers"
+        for alias in node.names
+        if alias.name.startswith("_")
+    }
+    assert found <= {"_compile_jinja_template", "_get_template_variables"}
+
+
 def test_importing_the_package_leaves_diffusers_alone() -> None:
     code = "import sys, transfusion; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "import it where it is needed"

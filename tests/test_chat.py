@@ -1,6 +1,7 @@
 """The shipped template, and that nothing of a chat but a template makes control tokens."""
 
 import base64
+import dataclasses
 import io
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from jinja2 import TemplateError
 
 from tests.tiny_processor import CHAT_TEMPLATE as TINY_TEMPLATE
 from tests.tiny_processor import image_part, picture, pixel_patches, text_part, tiny_tokenizer
-from transfusion.chat import CHAT_TEMPLATE
+from transfusion.chat import CHAT_TEMPLATE, choose_template, plain_data, tidy_conversation
 from transfusion.data.tokenizer import load_tokenizer
 from transfusion.processing import IGNORE_INDEX, TransfusionImageProcessor, TransfusionProcessor
 
@@ -297,6 +298,38 @@ def test_fields_that_would_complete_a_token_are_refused(fields: dict[str, Any]) 
         tools().apply_chat_template([message], tokenize=True, **fields)
 
 
+def test_a_template_sees_plain_data() -> None:
+    """Of an object its type alone, of which no method can be called."""
+
+    @dataclasses.dataclass
+    class Call:
+        name: str
+        weight: Any
+
+    class Name(str):
+        pass
+
+    seen = plain_data({Name("a"): [Call("f", np.int64(3)), (True, 1.5, None)], "b": np.zeros(2)})
+    assert seen == {"a": [{"name": "f", "weight": 3}, (True, 1.5, None)], "b": "<ndarray>"}
+    assert {type(key) for key in seen} == {str}
+
+
+def test_messages_are_tidied() -> None:
+    url = {"type": "image_url", "image_url": {"url": "x.png"}}
+    message: dict[str, Any] = {"role": "user", "content": [url, {"type": "text", "text": "a"}], "tool_calls": None}
+    content = [{"type": "image", "url": "x.png"}, {"type": "text", "text": "a"}]
+    assert tidy_conversation([message]) == [{"role": "user", "content": content}]
+    assert "tool_calls" in message and message["content"][0] is url
+
+
+def test_a_template_is_chosen_by_name() -> None:
+    named = {"default": "A", "other": "B"}
+    assert [choose_template(named, asked) for asked in (None, "other", "{{ x }}")] == ["A", "B", "{{ x }}"]
+    assert choose_template("A", None) == "A" and choose_template(None, "B") == "B"
+    with pytest.raises(ValueError, match=r"no default chat template, but \['other'\]"):
+        choose_template({"other": "B"}, None)
+
+
 def test_templates_may_read_fields() -> None:
     """Lengths, equality and keys that a template names, as in the templates of Mistral and of OpenAI."""
     template = (
@@ -306,8 +339,10 @@ def test_templates_may_read_fields() -> None:
         "{% endfor %}{{ m.content }}<eos>{% endfor %}"
     )
     call = {"id": "abcDEF123", "again": "abcDEF123", "function": {"name": "f"}}
-    message = user("a", calls=[call], reasoning="hm")
+    message = user("a", calls=[call], thinking="hm")
     assert tools().apply_chat_template([message], chat_template=template) == "user(hm)f<eos>a<eos>"
+    # Newer transformers copies it to `thinking`.
+    tools().apply_chat_template([user("a", calls=[call], reasoning="hm")], chat_template=template)
     template = (
         "{% if messages[0].kind != 'good' %}{{ raise_exception('bad kind') }}{% endif %}{{ messages[0].content }}"
     )

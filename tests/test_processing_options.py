@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessingKwargs
 
 from tests.tiny_processor import picture, pixel_patches, text_ids, tiny_processor, tiny_tokenizer, tiny_vae
 from transfusion.processing import TransfusionImageProcessor, TransfusionProcessor
+from transfusion.processing_options import TransfusionProcessorKwargs
 
 
 PROCESSOR = tiny_processor()
@@ -21,6 +23,12 @@ def same(first: Any, second: Any) -> bool:
     return first.keys() == second.keys() and all(
         np.array_equal(np.asarray(first[name]), np.asarray(second[name])) for name in first
     )
+
+
+def test_the_groups_of_options_are_those_of_transformers() -> None:
+    """Version 5.17 takes each entry for a group, and reads the defaults of a processor from these alone."""
+    assert TransfusionProcessorKwargs.__annotations__.keys() == ProcessingKwargs.__annotations__.keys()
+    assert TransfusionProcessorKwargs._defaults == {"text_kwargs": {"padding": True}}
 
 
 def test_options_are_flat_or_nested() -> None:

@@ -12,6 +12,7 @@ once more with foreign letters in them, and refused where that changes the contr
 
 import base64
 import binascii
+import dataclasses
 import itertools
 import re
 import secrets
@@ -19,12 +20,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from transformers.utils.chat_template_utils import (
-    _REASONING_FIELDS,
-    _compile_jinja_template,
-    _plain_template_data,
-    render_jinja_template,
-)
+import numpy as np
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from .layout import Part, RenderedChat, Row, fill_rows, read_part, text_part
 
@@ -71,6 +68,8 @@ _ROLES = ("assistant", "developer", "function", "ipython", "model", "system", "t
 # Types by which templates decide; those of parts of a message are not among them.
 _TYPES = ("array", "boolean", "function", "integer", "null", "number", "object", "string", "text")
 _SOURCES = ("image", "path", "url", "base64")
+# Names of a message's reasoning, which newer transformers copies from one to the others.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 # What a template may do to a text damages one of these.
 _FRAGILE = "\"\\'<&>\n "
 _LEFT, _RIGHT = "\u2003", "\u2002"  # white space that templates do not write
@@ -198,7 +197,7 @@ class Disguise:
         taken = set("".join(tokens))
         letters = (code for code in range(0x20000, 0x110000) if chr(code) not in taken)
         self._table: defaultdict[int, int] = defaultdict(lambda: next(letters))
-        self._names = {*names, *_REASONING_FIELDS}
+        self._names = {*names, *_REASONING}
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message; its content, of which the texts are marks, and a usual role stay."""
@@ -247,6 +246,59 @@ def check_conversations(conversation: Any) -> bool:
             if not isinstance(content, str | list | tuple | None):
                 raise ValueError(f"The content of a message is {content!r}; give a string or a list of parts.")
     return is_batched
+
+
+def tidy_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without keys of None, which templates would print, and with the image parts of OpenAI's API as ours."""
+    tidied = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    for message in tidied:
+        if isinstance(content := message.get("content"), list):
+            message["content"] = [_tidy_part(part) for part in content]
+    return tidied
+
+
+def _tidy_part(part: Any) -> Any:
+    if not isinstance(part, Mapping) or part.get("type") != "image_url" or "image_url" not in part:
+        return part
+    source = part["image_url"]
+    return {"type": "image", "url": source.get("url", "") if isinstance(source, Mapping) else source}
+
+
+def plain_data(value: Any) -> Any:
+    """What a template may see of `value`: plain JSON types, and the name of its type in place of any other object."""
+    if value is None or isinstance(value, bool):
+        return value
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return getattr(base, f"__{base.__name__}__")(value)  # subclasses have methods of their own
+    if isinstance(value, Mapping):
+        return {plain_data(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = map(plain_data, value)
+        return list(items) if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.generic):
+        return plain_data(value.item())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic's
+        return plain_data(dump())
+    return f"<{type(value).__name__}>"
+
+
+def choose_template(own: str | dict[str, str] | None, asked: str | None) -> str:
+    """The template to render: `asked`, or the one of that name among the processor's `own`, or its default.
+
+    Raises:
+        ValueError: None is asked for, and there is no default.
+    """
+    named = own if isinstance(own, dict) else {"default": own}
+    template = named.get("default") if asked is None else named.get(asked, asked)
+    if template is None:
+        raise ValueError(
+            f"The processor has no default chat template, but {sorted(name for name in named if named[name])}; give "
+            "chat_template, a template or one of these names."
+        )
+    return template
 
 
 def mark_chats(
@@ -298,8 +350,8 @@ def render_chats(
     """
     own = {**tokens.named, "image_token": tokens.image}
     given = {name: value for name, value in variables.items() if own.get(name) != value}
-    strings = _plain_template_data({**fields, **given})
-    messages = [_plain_template_data(chat.messages) for chat in chats]
+    strings = plain_data({**fields, **given})
+    messages = [plain_data(chat.messages) for chat in chats]
     for values in (strings, *itertools.chain.from_iterable(messages)):
         refuse_control_tokens({name: values[name] for name in values if name != "content"}, tokens.control)
 
@@ -417,4 +469,14 @@ def _template_parts(
             yield Part("text", piece, written)
 
 
-__all__ = ["CHAT_TEMPLATE", "ChatTokens", "MarkedChat", "check_conversations", "mark_chats", "render_chats"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "ChatTokens",
+    "MarkedChat",
+    "check_conversations",
+    "choose_template",
+    "mark_chats",
+    "plain_data",
+    "render_chats",
+    "tidy_conversation",
+]

@@ -551,7 +551,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             is_first_iteration = has_images = bool(cache.get_seq_length() == 0)
         if has_images:
             is_embedded = inputs_embeds is not None and is_first_iteration
-            kwargs["mm_token_type_ids"] = self.model.get_image_mask(
+            kwargs["token_type_ids"] = self.model.get_image_mask(
                 None if is_embedded else input_ids, inputs_embeds
             ).long()
         else:
@@ -563,16 +563,16 @@ class TransfusionGenerationMixin(GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        model_inputs.pop("mm_token_type_ids", None)  # its work is done in create_masks_for_generate
+        model_inputs.pop("token_type_ids", None)  # its work is done in create_masks_for_generate
         return model_inputs
 
     @staticmethod
     def create_masks_for_generate(
-        config: TransfusionConfig, inputs_embeds: Tensor, mm_token_type_ids: Tensor | None = None, **kwargs: Any
+        config: TransfusionConfig, inputs_embeds: Tensor, token_type_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The 4-D mask for caches of fixed size, with image blocks where `mm_token_type_ids` (B, L) is 1."""
-        is_plain = mm_token_type_ids is None or config.image_attention == "causal"
-        blocks = None if is_plain else image_block_ids(mm_token_type_ids, 1)
+        """The 4-D mask for caches of fixed size, with image blocks where `token_type_ids` (B, L) is 1."""
+        is_plain = token_type_ids is None or config.image_attention == "causal"
+        blocks = None if is_plain else image_block_ids(token_type_ids, 1)
         return create_causal_mask(
             config,
             inputs_embeds,

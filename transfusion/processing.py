@@ -35,7 +35,15 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.chat_template_utils import _get_template_variables, get_json_schema
 
 from .autoencoder import decode_latents, encode_pixels, load_vae, require_finite, save_vae, spatial_factor
-from .chat import CHAT_TEMPLATE, ChatTokens, check_conversations, mark_chats, render_chats
+from .chat import (
+    CHAT_TEMPLATE,
+    ChatTokens,
+    check_conversations,
+    choose_template,
+    mark_chats,
+    render_chats,
+    tidy_conversation,
+)
 from .image_processing import TransfusionImageProcessor
 from .latents import patchify, split_images, unpatchify
 from .layout import Row, Token, cut_row, is_rendered_chat, pad_rows, padded_length, read_rows
@@ -76,7 +84,6 @@ class TransfusionProcessor(_ProcessorBase):
     """
 
     valid_processor_kwargs = TransfusionProcessorKwargs
-    text_kwargs = {"padding": True}
 
     def __init__(
         self,
@@ -265,8 +272,9 @@ class TransfusionProcessor(_ProcessorBase):
             raise ValueError(f"{', '.join(unknown)}: not an option of {type(self).__name__}; see its `__call__`.")
         # What the tokenizer says now, not what it was made with.
         init = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        labels = {"return_labels": kwargs.pop("return_labels", False), "return_assistant_tokens_mask": False}
         try:
-            merged = self._merge_kwargs(tokenizer_init_kwargs=init, **kwargs)
+            merged = self._merge_kwargs(TransfusionProcessorKwargs, tokenizer_init_kwargs=init, **kwargs)
         except (StrictDataclassError, TypeError) as error:
             raise ValueError(f"An option has a wrong value: {error}") from error
         text = merged["text_kwargs"]
@@ -275,9 +283,9 @@ class TransfusionProcessor(_ProcessorBase):
         if text.get("truncation") not in (None, False, "do_not_truncate") and text.get("max_length") is None:
             text["max_length"] = longest_row(self.tokenizer)
         images = {name: value for name, value in merged["images_kwargs"].items() if name != "return_tensors"}
-        labels = {"return_labels": merged.get("return_labels", False), "return_assistant_tokens_mask": False}
-        shared = {"return_mm_token_type_ids": merged["return_mm_token_type_ids"]}
-        return {"return_tensors": None, **text, **shared, **labels, "images_kwargs": images}
+        # An option of texts in transformers 5.17, then one of the processor.
+        shared = {"return_mm_token_type_ids": merged.get("return_mm_token_type_ids", False)}
+        return {"return_tensors": None, **shared, **text, **labels, "images_kwargs": images}
 
     def _encode(self, rows: list[Row], options: dict[str, Any]) -> BatchFeature:
         """Rows -> what the model reads."""
@@ -340,7 +348,7 @@ class TransfusionProcessor(_ProcessorBase):
             raise ValueError(f"The conversation is {conversation!r}; give at least one message.")
         if add_generation_prompt and continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message exclude each other; give one of them.")
-        template = self._resolve_chat_template(chat_template)
+        template = choose_template(self.chat_template, chat_template)
         for name in ("sanitize_control_tokens", "load_audio_from_video"):  # always so, and never
             kwargs.pop(name, None)
         variables = {name: kwargs.pop(name) for name in kwargs.keys() & _get_template_variables(template)}
@@ -355,8 +363,8 @@ class TransfusionProcessor(_ProcessorBase):
                 "block, and no continue_final_message."
             )
         is_batched = check_conversations(conversation)
-        conversations, _ = self._normalize_conversations(conversation)
-        chats = mark_chats(conversations, is_batched, images, needs_pictures=tokenize)
+        conversations = conversation if is_batched else [conversation]
+        chats = mark_chats(list(map(tidy_conversation, conversations)), is_batched, images, needs_pictures=tokenize)
         tools = tools and [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
         tokens = ChatTokens(
             self.tokenizer.special_tokens_map, [*control_tokens(self.tokenizer).values()], self.image_token

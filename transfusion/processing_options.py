@@ -35,10 +35,13 @@ class TransfusionImagesKwargs(TransfusionImageProcessorKwargs, total=False):
 
 
 class TransfusionProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """What a call of `TransfusionProcessor` takes beside texts and pictures."""
+    """What a call of `TransfusionProcessor` takes beside texts and pictures, and beside `return_labels`.
+
+    transformers 5.17 takes each entry for a group of options, and reads defaults from here alone.
+    """
 
     images_kwargs: TransfusionImagesKwargs
-    return_labels: bool | str
+    _defaults = {"text_kwargs": {"padding": True}}
 
 
 def unknown_options(kwargs: Mapping[str, Any]) -> set[str]:
@@ -47,7 +50,8 @@ def unknown_options(kwargs: Mapping[str, Any]) -> set[str]:
     names = {group: set(getattr(fields, "__annotations__", ())) for group, fields in groups.items()}
     # Options of sounds and videos pass, as callers give them to every processor; not if they sound like a picture's.
     foreign = (names["audio_kwargs"] | names["videos_kwargs"]) - set(ImagesKwargs.__annotations__)
-    unknown = set(kwargs) - {"common_kwargs", *groups} - names["text_kwargs"] - names["images_kwargs"] - foreign
+    known = {"common_kwargs", "return_labels", *groups} | names["text_kwargs"] | names["images_kwargs"] | foreign
+    unknown = set(kwargs) - known
     for group in ("text_kwargs", "images_kwargs"):
         unknown |= set(kwargs.get(group, ())) - names[group]
     return unknown
