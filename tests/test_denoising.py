@@ -8,8 +8,16 @@ from torch import Tensor
 
 from tests.tiny import make_batch, tiny_model
 from transfusion.context import Context, Document, hide_text, read_documents
-from transfusion.denoising import Denoiser, Drawing, StepGraph, can_capture, draw_images, draw_noise
-from transfusion.diffusion import SCHEDULERS, check_scheduler, make_scheduler
+from transfusion.denoising import (
+    Denoiser,
+    Drawing,
+    SchedulerGroup,
+    StepGraph,
+    can_capture,
+    draw_images,
+    draw_noise,
+)
+from transfusion.diffusion import DDPM, SCHEDULERS, check_scheduler, make_scheduler
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 
 
@@ -306,3 +314,20 @@ def test_a_recorded_step_is_replayed_with_new_inputs(monkeypatch: pytest.MonkeyP
 
 def test_a_step_is_recorded_where_that_can_work() -> None:
     assert not can_capture(tiny_model())  # on the CPU
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("name", ["DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep"])
+def test_noise_levels_that_round_to_one_timestep_are_gone_through_in_order(name: str, option: str) -> None:
+    """Data are normal, so that the best prediction is a formula; samples must have their mean and deviation."""
+    mean, std = 0.3, 0.5
+    scheduler_class = getattr(diffusers, f"{name}Scheduler")
+    scheduler = scheduler_class.from_config(make_scheduler("ddpm").config, **{option: True})
+    group = SchedulerGroup(Drawing(scheduler, 50, 1.0), [0], [None], "cpu")
+    x_t = [torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))]
+    assert len(set(group.scheduler.timesteps.tolist())) < 50
+    for timestep in group.scheduler.timesteps:
+        alpha, sigma = (float(scale) for scale in DDPM().scales(timestep[None], torch.float64))
+        noise = sigma / (alpha**2 * std**2 + sigma**2) * (x_t[0].double() - alpha * mean)
+        group.step([noise.float()], timestep, x_t)
+    assert abs(float(x_t[0].mean()) - mean) < 0.03 and abs(float(x_t[0].std()) - std) < 0.05

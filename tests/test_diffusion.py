@@ -503,6 +503,45 @@ def test_flow_options_of_other_models_are_refused(option: str) -> None:
     check_scheduler(diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **{option: False}), "flow")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("UnCLIPScheduler", "takes prev_timestep for a step"),
+        ("RePaintScheduler", "takes mask, original_image for a step"),
+        ("DDIMInverseScheduler", "has no step from noise to a picture"),
+        ("ScoreSdeVeScheduler", "has no step from noise to a picture"),
+        ("IPNDMScheduler", "has no alphas_cumprod"),
+        ("EDMEulerScheduler", "has no alphas_cumprod"),
+    ],
+)
+def test_schedulers_of_other_samplings_are_refused(name: str, words: str) -> None:
+    scheduler = getattr(diffusers, name).from_config(make_scheduler("ddpm").config)
+    with pytest.raises(ValueError, match=f"{name} {words}.*make_scheduler"):
+        check_scheduler(scheduler, "ddpm")
+
+
+@pytest.mark.parametrize("name", ["DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver", "UniPC"])
+def test_flow_options_that_part_noise_levels_from_timesteps_are_refused(name: str) -> None:
+    scheduler_class = getattr(diffusers, f"{name}{'Multistep' * (name == 'UniPC')}Scheduler")
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    scheduler = scheduler_class.from_config(make_scheduler("flow", shift=2.0).config, flow_shift=2.0, **flow)
+    check_scheduler(scheduler, "flow")
+    for option in ("use_exponential_sigmas", *(() if name == "UniPC" else ("use_karras_sigmas",))):
+        with pytest.raises(ValueError, match="noise level 157.4 at timestep 999, where this model's is 0.999"):
+            check_scheduler(scheduler_class.from_config(scheduler.config, **{option: True}), "flow")
+
+
+@pytest.mark.parametrize(("objective", "name"), [("ddpm", "LCMScheduler"), ("flow", "FlowMatchLCMScheduler")])
+def test_schedulers_for_distilled_models_are_warned_of(
+    objective: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger.warning_once.cache_clear()
+    check_scheduler(make_scheduler(objective), objective)
+    assert "distilled" not in caplog.text
+    check_scheduler(getattr(diffusers, name).from_config(make_scheduler(objective).config), objective)
+    assert f"{name} draws new noise onto each guess" in caplog.text
+
+
 def is_warned(scheduler: Any, caplog: pytest.LogCaptureFixture) -> bool:
     """Whether `check_scheduler` says that steps begin at the very end."""
     caplog.clear()

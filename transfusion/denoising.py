@@ -157,6 +157,8 @@ class SchedulerGroup:
             self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
         else:
             self.scheduler.set_timesteps(drawing.num_inference_steps, device=device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # or it takes the second of equal timesteps for the first
         # Flow schedulers take samples as they are; those over sigmas (Euler for ddpm) want them scaled.
         self.scales_input = hasattr(self.scheduler, "scale_model_input")
 

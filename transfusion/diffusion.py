@@ -8,6 +8,7 @@ Scales are computed in float32 at least, whatever the dtype of the latents, and 
 """
 
 import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -403,8 +404,8 @@ def make_scheduler(
 def check_scheduler(scheduler: Any, objective: str, num_train_timesteps: int | None = None) -> None:
     """Refuse a diffusers `scheduler` that takes another prediction, or another path of noise, than `objective` gives.
 
-    A `ddpm` scheduler whose steps begin at the very end of the schedule fits, but magnifies errors, and one that clips
-    fits pixels, but not latents; both are warned of.
+    A `ddpm` scheduler whose steps begin at the very end of the schedule fits, but magnifies errors; one that clips
+    fits pixels, but not latents; and one for distilled models draws blurred pictures. These are warned of.
 
     Args:
         scheduler: The scheduler.
@@ -413,9 +414,10 @@ def check_scheduler(scheduler: Any, objective: str, num_train_timesteps: int | N
 
     Raises:
         ValueError: The prediction type, the noise schedule or its length does not fit, an option moves the noise
-            levels away from the timesteps, or `objective` is unknown.
+            levels away from the timesteps, its steps are none from noise to a picture, or `objective` is unknown.
     """
     _check_objective(objective)
+    _check_steps(scheduler, objective)
     config, name = scheduler.config, type(scheduler).__name__
     if name.startswith("FlowMatch"):  # these alone have neither entry
         found = ("flow_prediction", "flow")
@@ -435,12 +437,51 @@ def check_scheduler(scheduler: Any, objective: str, num_train_timesteps: int | N
             f"{num_train_timesteps}; take {name}.from_config(scheduler.config, num_train_timesteps="
             f"{num_train_timesteps})."
         )
+    _warn_of_distillation(scheduler)
     if objective == "flow":
         _check_flow_options(scheduler)
+        _check_noise_levels(scheduler)
     else:
         _check_cosine_schedule(scheduler)
         _warn_of_the_very_end(scheduler)
         _warn_of_clipping(scheduler)
+
+
+def _check_steps(scheduler: Any, objective: str) -> None:
+    """Refuse what has no step (prediction, timestep, sample) towards the picture, with the next timestep implied."""
+    name, step = type(scheduler).__name__, getattr(scheduler, "step", None)
+    parameters = {} if step is None else inspect.signature(step).parameters
+    taken = {key for key, value in parameters.items() if value.default is value.empty and value.kind < 2}
+    foreign = taken - {"model_output", "timestep", "sample"} or parameters.keys() & {"prev_timestep"}
+    if foreign or step is None or "Inverse" in name:
+        why = f"takes {', '.join(sorted(foreign))} for a step" if foreign else "has no step from noise to a picture"
+        raise ValueError(f"{name} {why}; make a scheduler with make_scheduler({objective!r}).")
+
+
+def _warn_of_distillation(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    if "LCM" in name or scheduler.config.get("stochastic_sampling"):
+        logger.warning_once(
+            f"{name} draws new noise onto each guess of the picture, as models distilled for few steps want it; this "
+            "model's pictures it blurs. Take the scheduler saved beside the model."
+        )
+
+
+def _check_noise_levels(scheduler: Any) -> None:
+    """Refuse where the noise level of a timestep is not that of the model's schedule."""
+    probe, name = copy.deepcopy(scheduler), type(scheduler).__name__
+    try:
+        probe.set_timesteps(10)
+    except Exception as error:  # whatever it lacks
+        raise ValueError(f"{name} gives no timesteps: {error!r}; make one with make_scheduler('flow').") from error
+    timesteps, sigmas = probe.timesteps.double().cpu(), probe.sigmas.double().cpu()
+    length = scheduler.config["num_train_timesteps"]
+    expected = timesteps / length
+    if not torch.allclose(sigmas[: len(expected)], expected, rtol=0, atol=1.5 / length):  # some round timesteps
+        raise ValueError(
+            f"{name} has the noise level {sigmas[0]:.4g} at timestep {timesteps[0]:.4g}, where this model's is "
+            f"{expected[0]:.4g}; leave its options of sigmas out (use_karras_sigmas, use_exponential_sigmas, ...)."
+        )
 
 
 def _check_flow_options(scheduler: Any) -> None:
@@ -454,6 +495,11 @@ def _check_flow_options(scheduler: Any) -> None:
 
 
 def _check_cosine_schedule(scheduler: Any) -> None:
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod, so none of the cosine schedule of the objective ddpm; "
+            "make a scheduler with make_scheduler('ddpm')."
+        )
     found = scheduler.alphas_cumprod.double().cpu()
     alpha, _ = DDPM(len(found)).scales(torch.arange(len(found)), torch.float64)
     if (difference := float((found - alpha**2).abs().max())) > SCHEDULE_TOLERANCE:
