@@ -139,6 +139,15 @@ def test_a_short_context_takes_a_smaller_default_grid() -> None:
     assert TransfusionConfig(max_position_embeddings=20).default_image_grid == (4, 4)
 
 
+def test_grids_are_the_same_after_a_round_trip(tmp_path: Path) -> None:
+    grids: list[Any] = [(2, 3), [4, 4]]
+    config = TransfusionConfig(size_token_grids=grids, size_token_ids=[7, 8], default_image_grid=[2, 3])
+    config.save_pretrained(tmp_path)
+    again = TransfusionConfig.from_pretrained(tmp_path)
+    assert config.size_token_grids == again.size_token_grids == [(2, 3), (4, 4)]
+    assert {**again.to_dict(), "transformers_version": None} == {**config.to_dict(), "transformers_version": None}
+
+
 def test_size_tokens_name_a_grid_and_back() -> None:
     config = TransfusionConfig(size_token_grids=[(2, 3), (4, 4)], size_token_ids=[7, 8])
     boi = config.boi_token_ids[0]

@@ -186,6 +186,8 @@ class TransfusionConfig(PreTrainedConfig):
             self.default_image_grid = (side, side)
         rows, columns = self.default_image_grid
         self.default_image_grid = (rows, columns)
+        if self.size_token_grids is not None:  # as default_image_grid above; JSON knows lists alone
+            self.size_token_grids = [(rows, columns) for rows, columns in self.size_token_grids]
         if self.patch_codec == "unet" and self.unet_channels is None:
             self.unet_channels = _small_unet_channels(self.hidden_size, self.patch_size)
         self.base_model_tp_plan = {**self.base_model_tp_plan, **_optional_tp_plan(self.modality_experts, self.qk_norm)}
