@@ -338,6 +338,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             named = {"image_grids": None if has_images else image_grids, "output_image_grids": output_image_grids}
             self._refuse_drawing({**named, **drawing, "max_images": max_images}, kwargs)
             if has_images:
+                self._refuse_assistant_of_text(kwargs.get("assistant_model"))
                 kwargs |= self._new_images(inputs, image_grids, **kwargs)
             # Embeddings first: transformers reads the batch size off the first tensor, and patches lie flat.
             embedded = {name: kwargs.pop(name) for name in ("inputs_embeds",) if name in kwargs}
@@ -403,6 +404,15 @@ class TransfusionGenerationMixin(GenerationMixin):
         if given := [name for name, value in arguments.items() if value is not None]:
             raise ValueError(
                 f"{', '.join(given)} cannot work in text mode; use generation_mode='interleaved', or 'image'."
+            )
+
+    def _refuse_assistant_of_text(self, assistant: Any) -> None:
+        """Refuse a model that cannot read the images of the prompt."""
+        kind = getattr(getattr(assistant, "config", None), "model_type", self.config.model_type)
+        if kind != self.config.model_type:
+            raise ValueError(
+                f"assistant_model is a {kind} model, which cannot read the images of the prompt; give one of "
+                f"{self.config.model_type}, or prompts of text."
             )
 
     def _refuse_in_interleaved(
@@ -487,6 +497,12 @@ class TransfusionGenerationMixin(GenerationMixin):
         assert drawn.latent_patches is not None
         patches = drawn.latent_patches.view(len(grids), -1, self.config.patch_dim)
         return unpatchify(patches, grids[0], self.config.patch_size)
+
+    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
+        """transformers' `heal_tokens`, which writes prompts anew from their text; it would lose images."""
+        if (input_ids == self.config.image_token_id).any():
+            raise ValueError("token_healing=True would lose the images of the prompt; leave it out.")
+        return super().heal_tokens(input_ids, tokenizer)
 
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any

@@ -389,7 +389,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        # Assisted decoding by the model's own first layers names fewer in the config for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
