@@ -78,6 +78,36 @@ def test_rows_are_what_they_are_alone(any_model: TransfusionForMultimodalGenerat
         torch.testing.assert_close(alone.image_prediction, together.image_prediction[patches], atol=1e-6, rtol=1e-6)
 
 
+PACKED: list[list[int | tuple[int, int]]] = [[5], [6, 7, (2, 3), 8], [9], [(2, 2), 10], [11, 12, 13]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_documents_see_nothing_of_each_other(
+    any_model: TransfusionForMultimodalGeneration, implementation: str
+) -> None:
+    """Where position_ids begin anew, with a cache and without one, with a mask and without one."""
+    any_model.set_attn_implementation(implementation)
+    alone = [make_batch([row], seed=seed) for seed, row in enumerate(PACKED)]
+    expected = torch.cat([any_model(**row).logits for row in alone], dim=1)
+    names = ("latent_patches", "image_grids")
+    packed = {name: torch.cat([row[name] for row in alone if name in row]) for name in names}
+    packed["input_ids"] = torch.cat([row["input_ids"] for row in alone], dim=1)
+    packed["position_ids"] = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in alone])[None]
+    for options in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(packed["input_ids"])}):
+        torch.testing.assert_close(any_model(**packed, **options).logits, expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", LINEAR)
+def test_packed_documents_compile_into_one_graph(name: str) -> None:
+    model = tiny_model(**VARIANTS[name])
+    batch = make_batch([[part for row in PACKED for part in row]])
+    batch["position_ids"] = torch.cat([torch.arange(n) for n in (1, 11, 1, 7, 3)])[None]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
 def test_embeddings_stand_for_their_ids(
     any_model: TransfusionForMultimodalGeneration, batch: dict[str, Tensor]
 ) -> None:

@@ -12,6 +12,7 @@ from transfusion.positions import (
     ContinuousAxialPositionalEmbedding,
     TransfusionRotaryEmbedding,
     apply_rotary_pos_emb,
+    packed_documents,
     patch_position_ids,
     sinusoids,
 )
@@ -146,6 +147,22 @@ def test_permuting_patches_changes_more_than_their_order(overrides: dict[str, bo
     batch["latent_patches"] = batch["latent_patches"][order]
     permuted = model(**batch, timesteps=timesteps).image_prediction
     assert (permuted - straight[order]).abs().max() > 1e-4
+
+
+def test_a_document_begins_where_positions_fall_back() -> None:
+    """Not where they stay or jump: patches of an image may share one, with the tokens around them."""
+    no_patch = torch.zeros(1, 6, dtype=torch.bool)
+    patches = torch.tensor([[False, True, True, False, False, False]])
+    for positions, image_mask, expected in (
+        ([0, 1, 2, 3, 4, 5], None, None),
+        ([0, 1, 1, 2, 9, 10], no_patch, None),
+        ([0, 0, 0, 0, 1, 2], patches, None),
+        ([0, 0, 0, 1, 0, 1], no_patch, [0, 1, 2, 2, 3, 3]),
+        ([0, 0, 0, 1, 0, 0], patches, [0, 0, 0, 0, 1, 2]),
+        ([4, 5, 3, 4, 5, 6], None, [0, 0, 1, 1, 1, 1]),
+    ):
+        found = packed_documents(torch.tensor([positions]), image_mask)
+        assert (found if found is None else found[0].tolist()) == expected
 
 
 # -- what positions are for

@@ -8,14 +8,14 @@ for text after that the same with a small triangle at the end.
 Shapes: B rows, L positions, K keys, h heads, d head_dim.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 
 from .configuration import TransfusionConfig
 from .latents import image_block_ids
@@ -109,8 +109,9 @@ def transfusion_mask(
     if document_ids is not None:
         if _takes_segments(config, inputs_embeds, attention_mask, training):
             return packed_segments(document_ids, block_ids)
-        same_document = _same_document(document_ids)
-    # Without position_ids: transformers takes a jump in them for a border between packed documents.
+        same_document = packed_sequence_mask_function(document_ids)
+    # Without position_ids: transformers takes any jump in them for a border between packed documents, and takes none
+    # for one where there is a mask or a cache.
     return create_causal_mask(
         config,
         inputs_embeds,
@@ -125,15 +126,6 @@ def _takes_segments(config: Any, hidden_states: Tensor, attention_mask: Tensor |
     is_plain = attention_mask is None and not (training and config.attention_dropout)
     on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
     return is_plain and on_cpu and config._attn_implementation == "sdpa"
-
-
-def _same_document(document_ids: Tensor) -> Callable[..., Tensor]:
-    """Whether query and key are of one document, as transformers' masks are written."""
-
-    def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return document_ids[batch, query] == document_ids[batch, key]
-
-    return same_document
 
 
 def packed_segments(document_ids: Tensor, block_ids: Tensor | None) -> SegmentedMask:

@@ -35,7 +35,7 @@ from .latents import begin_positions, patch_places
 from .losses import UNLEARNED, mean_cross_entropy, noise_images
 from .outputs import TransfusionModelOutput, TransfusionOutput
 from .patch_codec import make_patch_decoder, make_patch_encoder
-from .positions import TransfusionRotaryEmbedding, apply_rotary_pos_emb, patch_position_ids
+from .positions import TransfusionRotaryEmbedding, apply_rotary_pos_emb, packed_documents, patch_position_ids
 from .sharing import SharedModel
 from .warm_start import config_from_text_config, freeze_text_tower, load_text_model, load_text_weights
 
@@ -340,7 +340,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
         Args:
             input_ids: (B, L) token ids; patches hold `image_token_id`.
             attention_mask: (B, past + L), 0 where a key is hidden. Positions do not move by it. Or a finished mask.
-            position_ids: (B, L); by default counted on from the cache.
+            position_ids: (B, L); by default counted on from the cache. Without one, a document begins where they begin
+                anew, and sees nothing of those before it in its row.
             past_key_values: Cache of the positions before these.
             inputs_embeds: (B, L, H) in place of `input_ids`.
             latent_patches: (P, D), the patches as they are, noisy or clean.
@@ -360,6 +361,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         image_mask = modalities = patch_skips = None
+        given_positions = position_ids if past_key_values is None else None  # of a whole row, not of what goes on
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -383,6 +385,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 modalities = find_modalities(image_mask, patch_embeds.shape[0])
             if latent_patches.shape[0] == 0:
                 image_mask = None  # a plain causal mask, which the fused kernels need not read
+        if document_ids is None and given_positions is not None:
+            document_ids = packed_documents(given_positions.expand(inputs_embeds.shape[:2]), image_mask)
         mask = transfusion_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, image_mask, document_ids, self.training
         )
@@ -432,7 +436,8 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
     Arguments of `forward`:
         input_ids: (B, L) token ids; patches hold `config.image_token_id`.
         attention_mask: (B, past + L), 0 where a key is hidden (padding, dropped text).
-        position_ids: (B, L); by default 0, 1, ... counted on from the cache, whatever the mask hides.
+        position_ids: (B, L); by default 0, 1, ... counted on from the cache, whatever the mask hides. Documents packed
+            into one row begin where they begin anew.
         past_key_values: Cache of earlier positions.
         inputs_embeds: (B, L, H) in place of `input_ids`.
         document_ids: (B, L) for rows that hold several documents one after the other, as packing makes them: the

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .latents import patch_coordinates, patch_image_index
@@ -170,11 +171,32 @@ class ContinuousAxialPositionalEmbedding(nn.Module):
         return torch.stack([table[place] for table, place in zip(tables, places, strict=True)]).sum(0)
 
 
+def packed_documents(position_ids: Tensor, image_mask: Tensor | None) -> Tensor | None:
+    """(B, L) which document of its row each position belongs to; None where every row is one document.
+
+    A document begins where positions fall back. So it does where text stays at 0, as after a document of one token;
+    the patches of an image may share a position, at the begin of a row too.
+
+    Args:
+        position_ids: (B, L).
+        image_mask: (B, L), True at patches, or None where there is none.
+    """
+    before, here = position_ids[:, :-1], position_ids[:, 1:]
+    is_alone = (before == 0) & (here == 0)
+    if image_mask is not None:
+        is_alone = is_alone & ~(image_mask[:, :-1] | image_mask[:, 1:])
+    begins = F.pad((here < before) | is_alone, (1, 0))
+    if not (torch.compiler.is_compiling() or begins.is_meta or begins.any()):
+        return None
+    return begins.cumsum(dim=1)
+
+
 __all__ = [
     "AxisEmbedding",
     "ContinuousAxialPositionalEmbedding",
     "TransfusionRotaryEmbedding",
     "apply_rotary_pos_emb",
+    "packed_documents",
     "patch_position_ids",
     "sinusoids",
 ]
