@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,9 +95,13 @@ def test_rows_alike_are_one_segment(is_causal: bool) -> None:
     output = segmented_attention(query, key, value, mask, 0.3)
     for row, ((first, end), count) in enumerate(zip(keys, queries, strict=True)):
         allowed = torch.ones(1, count, end - first, dtype=torch.bool)
-        alone = [query[row, None, :, :count], *(tensor[row, None, :, first:end] for tensor in (key, value))]
+        queries, keys_alone, values = query[row, None, :, :count], key[row, None, :, first:end], value[row, None]
         allowed = allowed.tril(end - first - count) if is_causal else allowed
-        assert torch.allclose(output[row, None, :count], attention_by_mask(*alone, allowed, 0.3), atol=1e-12)
+        assert torch.allclose(
+            output[row, None, :count],
+            attention_by_mask(queries, keys_alone, values[:, :, first:end], allowed, 0.3),
+            atol=1e-12,
+        )
         assert not output[row, count:].any()
 
 
@@ -110,12 +116,13 @@ def test_attention_and_its_gradients_are_those_of_a_mask(key_heads: int) -> None
     direction = torch.randn(shape, dtype=torch.float64, generator=generator)
     blocks = image_block_ids(ROWS, 99)
     mask, allowed = packed_segments(DOCUMENTS, blocks), reference_mask(DOCUMENTS, blocks)
+    attentions: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+        lambda query, key, value: segmented_attention(query, key, value, mask, 0.3),
+        lambda query, key, value: attention_by_mask(query, key, value, allowed, 0.3),
+    ]
     results = []
-    for attention in (
-        lambda *states: segmented_attention(*states, mask, 0.3),
-        lambda *states: attention_by_mask(*states, allowed, 0.3),
-    ):
-        states = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    for attention in attentions:
+        states = query.clone().requires_grad_(), key.clone().requires_grad_(), value.clone().requires_grad_()
         output = attention(*states)
         results.append([output, *torch.autograd.grad((output * direction).sum(), states)])
     for ours, expected in zip(*results, strict=True):
@@ -127,4 +134,4 @@ def test_attention_and_its_gradients_are_those_of_a_mask(key_heads: int) -> None
 def test_gradients_by_finite_differences() -> None:
     mask = SegmentedMask([Segment((0, 1), (0, 2), (0, 2), True), Segment((0, 1), (2, 3), (0, 3), False)])
     states = [torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda *states: segmented_attention(*states, mask, 0.5), states)
+    assert torch.autograd.gradcheck(lambda q, k, v: segmented_attention(q, k, v, mask, 0.5), states)

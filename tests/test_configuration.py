@@ -214,3 +214,15 @@ def test_a_newer_version_s_fields_are_left_out(tmp_path: Path, caplog: pytest.Lo
         loaded = kind.from_pretrained(tmp_path)
         assert loaded.to_diff_dict() == TransfusionConfig(qk_norm=True).to_diff_dict()
         assert "The config holds new_field, which is no field of TransfusionConfig" in caplog.text
+
+
+def test_a_grid_that_nobody_named_follows_the_positions(tmp_path: Path) -> None:
+    values = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = TransfusionConfig(**values, max_position_embeddings=128)
+    config.max_position_embeddings = 38
+    config.save_pretrained(tmp_path)
+    assert TransfusionConfig.from_pretrained(tmp_path).default_image_grid == (6, 6)
+    named = TransfusionConfig(**values, max_position_embeddings=128, default_image_grid=(11, 11))
+    named.max_position_embeddings = 38
+    with pytest.raises(ValueError, match=r"default_image_grid=\(11, 11\) takes 123 positions"):
+        named.save_pretrained(tmp_path)

@@ -297,6 +297,7 @@ def test_a_recorded_step_is_replayed_with_new_inputs(monkeypatch: pytest.MonkeyP
     class FakeGraph:
         def replay(self) -> None:
             calls.append("replay")
+            assert step.inputs is not None
             output.copy_(step.inputs[0] * step.inputs[1])
 
     def function(x: Tensor, t: Tensor) -> Tensor:

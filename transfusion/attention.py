@@ -53,7 +53,7 @@ class SegmentedMask:
 
 
 # What a layer gets: None, a 4-D tensor, a block mask of flex attention, or segments.
-AttentionMask = Tensor | SegmentedMask | Any
+AttentionMask = Any
 
 
 def _num_pairs(segment: Segment) -> int:
@@ -225,8 +225,7 @@ class _SegmentedAttention(torch.autograd.Function):
                 _cut(query, segment, segment.queries),
                 _cut(key, segment, segment.keys),
                 _cut(value, segment, segment.keys),
-                **_causality(segment, query),
-                scale=scaling,
+                **_options(segment, query, scaling),
             )
             _cut(output.transpose(1, 2), segment, segment.queries).copy_(attended)
             norms.append(norm)
@@ -247,8 +246,7 @@ class _SegmentedAttention(torch.autograd.Function):
                 _cut(output.transpose(1, 2), segment, segment.queries),
                 norm,
                 0.0,
-                **_causality(segment, query),
-                scale=ctx.scaling,
+                **_options(segment, query, ctx.scaling),
             )
             places = (segment.queries, segment.keys, segment.keys)
             for grad, part, place in zip(grads, parts, places, strict=True):
@@ -266,13 +264,13 @@ def _cut(tensor: Tensor, segment: Segment, places: tuple[int, int]) -> Tensor:
     return tensor[slice(*segment.rows), :, slice(*places)]
 
 
-def _causality(segment: Segment, query: Tensor) -> dict[str, Any]:
-    """The arguments by which a kernel hides what is above the diagonal: it can do so itself for a square alone."""
+def _options(segment: Segment, query: Tensor, scaling: float) -> dict[str, Any]:
+    """The options of a kernel. It can hide what is above the diagonal of a square alone, and needs a mask for others."""
     num_queries, num_keys = (end - first for first, end in segment[1:3])
     if not segment.is_causal or num_queries == num_keys:
-        return {"is_causal": segment.is_causal, "attn_mask": None}
-    hidden = query.new_full((num_queries, num_keys), -torch.inf)
-    return {"is_causal": False, "attn_mask": hidden.triu(num_keys - num_queries + 1)}
+        return {"is_causal": segment.is_causal, "attn_mask": None, "scale": scaling}
+    hidden = query.new_full((num_queries, num_keys), -torch.inf).triu(num_keys - num_queries + 1)
+    return {"is_causal": False, "attn_mask": hidden, "scale": scaling}
 
 
 __all__ = [

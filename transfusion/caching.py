@@ -21,6 +21,9 @@ class GrowingLayer(DynamicLayer):
     Whoever replaces `keys` and `values`, as beam search does to reorder them, loses nothing but the spare room.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.rooms: list[Tensor] = []
@@ -63,7 +66,7 @@ class GrowingCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        self.layers = [GrowingLayer() for _ in self.layers]
+        self.layers: list[GrowingLayer] = [GrowingLayer() for _ in range(config.num_hidden_layers)]
 
 
 __all__ = ["GrowingCache", "GrowingLayer"]

@@ -181,9 +181,9 @@ class TransfusionConfig(PreTrainedConfig):
         for offset, name in enumerate(("boi_token_id", "eoi_token_id", "image_token_id")):
             if getattr(self, name) is None:
                 setattr(self, name, self.vocab_size - 3 + offset)
+        self._fills_grid = self.default_image_grid is None
         if self.default_image_grid is None:
-            side = min(16, math.isqrt(max(self.max_position_embeddings - 2, 1)))
-            self.default_image_grid = (side, side)
+            self.default_image_grid = self._largest_grid()
         rows, columns = self.default_image_grid
         self.default_image_grid = (rows, columns)
         if self.size_token_grids is not None:  # as default_image_grid above; JSON knows lists alone
@@ -247,9 +247,17 @@ class TransfusionConfig(PreTrainedConfig):
         replaced = {name: kwargs.pop(name) for name in tuple(kwargs) if name in TransfusionConfig.__annotations__}
         return super().from_dict({**config_dict, **replaced}, **kwargs)
 
+    def _largest_grid(self) -> tuple[int, int]:
+        """The square grid of an image whose size nobody named."""
+        side = min(16, math.isqrt(max(self.max_position_embeddings - 2, 1)))
+        return side, side
+
     def validate(self) -> None:
         """Check every field again; transformers calls this before it saves a config."""
         super().validate()
+        rows, columns = self.default_image_grid or (1, 1)
+        if self._fills_grid and rows * columns + 2 > self.max_position_embeddings:  # fewer positions were set since
+            self.default_image_grid = self._largest_grid()
         self._check_numbers()
         self._check_architecture()
 

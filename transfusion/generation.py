@@ -331,8 +331,9 @@ class TransfusionGenerationMixin(GenerationMixin):
         kwargs = {name: value for name, value in kwargs.items() if name not in NOT_READ}
         has_images = self._check_inputs(inputs, image_grids, kwargs)
         prompt_grids = {"image_grids": image_grids} if has_images else {}
-        drawing: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        drawing |= {"guidance_interval": guidance_interval, "scheduler": scheduler, "generator": generator}
+        how: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        how |= {"guidance_interval": guidance_interval, "scheduler": scheduler}
+        drawing: dict[str, Any] = {**how, "generator": generator}
         custom = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         if mode == "text":
             named = {"image_grids": None if has_images else image_grids, "output_image_grids": output_image_grids}
@@ -350,13 +351,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         self._refuse_in_interleaved(generation_config, kwargs, max_images)
         gate = _ImageGate(self.config)
         grids = image_grids if not has_images and output_image_grids is None else output_image_grids
-        settings = self.prepare_drawing(
-            num_inference_steps,
-            guidance_scale,
-            scheduler,
-            generation_config=generation_config,
-            guidance_interval=guidance_interval,
-        )
+        settings = self.prepare_drawing(**how, generation_config=generation_config)
         decoder = InterleavedDecoder(settings, grids, generator, gate, kwargs.pop("streamer", None), max_images)
         custom["logits_processor"] = LogitsProcessorList([*(logits_processor or []), gate])
         return super().generate(inputs, generation_config, **custom, custom_generate=decoder, **prompt_grids, **kwargs)

@@ -146,6 +146,12 @@ def begin_positions(document_ids: Tensor) -> Tensor:
     return torch.where(is_first, places, 0).cummax(dim=1).values
 
 
+def count_positions(inputs_embeds: Tensor, past_length: int | Tensor, document_ids: Tensor | None) -> Tensor:
+    """Positions (1, L) or (B, L) of `inputs_embeds` (B, L, H), after a cache or from the begin of each document."""
+    positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+    return positions if document_ids is None else positions - begin_positions(document_ids)
+
+
 def patch_places(image_mask: Tensor, num_patches: int) -> Tensor:
     """(P,): where the `num_patches` patches stand in the rows of `image_mask` (B, L) laid end to end.
 
@@ -170,6 +176,7 @@ def _check_grids(image_grids: Tensor) -> None:
 
 __all__ = [
     "begin_positions",
+    "count_positions",
     "grid_coordinates",
     "image_block_ids",
     "patch_coordinates",

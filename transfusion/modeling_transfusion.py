@@ -31,7 +31,7 @@ from .experts import Modalities, by_modality, find_modalities
 from .generation import TransfusionGenerationMixin
 from .hyper_connections import add_branch, expand_streams, make_connection, reduce_streams
 from .inputs import check_documents, check_inputs, images_without_prior_text, learned_labels, refuse_pictures
-from .latents import begin_positions, patch_places
+from .latents import count_positions, patch_places
 from .losses import UNLEARNED, mean_cross_entropy, noise_images
 from .outputs import TransfusionModelOutput, TransfusionOutput
 from .patch_codec import make_patch_decoder, make_patch_encoder
@@ -340,35 +340,28 @@ class TransfusionModel(TransfusionPreTrainedModel):
         Args:
             input_ids: (B, L) token ids; patches hold `image_token_id`.
             attention_mask: (B, past + L), 0 where a key is hidden. Positions do not move by it. Or a finished mask.
-            position_ids: (B, L); by default counted on from the cache. Without one, a document begins where they begin
-                anew, and sees nothing of those before it in its row.
+            position_ids, document_ids: (B, L); by default a document begins where the positions begin anew.
             past_key_values: Cache of the positions before these.
             inputs_embeds: (B, L, H) in place of `input_ids`.
             latent_patches: (P, D), the patches as they are, noisy or clean.
-            image_grids: (N, 2), rows and columns of patches of each image.
-            timesteps: (N,), the noise level of each image; clean (0) by default.
-            document_ids: (B, L), which of the documents that share a row a position belongs to.
-            patch_repeats: How often the images stand in the batch, one set of rows after the other. They are encoded
-                once.
+            image_grids, timesteps: (N, 2) and (N,) of each image, which is clean (0) by default.
+            patch_repeats: How often the images stand in the batch, one set of rows after the other.
             use_cache: Whether to return the keys and values.
             kwargs: For the attention implementation.
 
-        Returns:
-            `last_hidden_state` (B, L, H), the cache, and `patch_skips` for the patch decoder.
+        Returns `last_hidden_state` (B, L, H), the cache, and `patch_skips` for the patch decoder.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         image_mask = modalities = patch_skips = None
-        given_positions = position_ids if past_key_values is None else None  # of a whole row, not of what goes on
+        given_positions = position_ids if past_key_values is None else None  # of whole rows
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-            if document_ids is not None:
-                position_ids = position_ids - begin_positions(document_ids)
+            position_ids = count_positions(inputs_embeds, past_length, document_ids)
         if latent_patches is not None:
             if image_grids is None:
                 raise ValueError("latent_patches came without image_grids; give both, as the processor makes them.")
@@ -387,9 +380,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 image_mask = None  # a plain causal mask, which the fused kernels need not read
         if document_ids is None and given_positions is not None:
             document_ids = packed_documents(given_positions.expand(inputs_embeds.shape[:2]), image_mask)
-        mask = transfusion_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values, image_mask, document_ids, self.training
-        )
+        mask_inputs = (attention_mask, past_key_values, image_mask, document_ids, self.training)
+        mask = transfusion_mask(self.config, inputs_embeds, *mask_inputs)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -457,6 +449,10 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         skip_logits: Return no logits; the text loss then computes them at its targets alone.
         num_items_in_batch: Text targets of the whole optimizer step, over which the text loss is a mean.
         num_image_items_in_batch: Patches with a loss in the whole optimizer step, likewise.
+
+    It raises a ValueError for images and placeholders that do not fit each other, impossible grids, patches of the
+    wrong width, values that are not finite, timesteps outside the schedule, documents that end within an image,
+    `pixel_values` and the like.
     """
 
     # Not quantized either, by any method, and left in float32 where the checkpoint is loaded in float16.
@@ -532,17 +528,10 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         num_image_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[TransfusionKwargs],
     ) -> TransfusionOutput:
-        """Predict the next tokens and the noise of the images, and both losses; the class says what is what.
-
-        Raises:
-            ValueError: Images and placeholders that do not fit each other, impossible grids, patches of the wrong
-                width, values that are not finite, timesteps outside the schedule, `pixel_values` and the like.
-        """
+        """Predict the next tokens and the noise of the images, and both losses; the class says what is what."""
         noise, shifted_labels = kwargs.pop("noise", None), kwargs.get("shift_labels")
         given_images = (latent_patches, image_grids, timesteps, noise, image_loss_mask)
-        self._check(kwargs, past_key_values, input_ids, inputs_embeds, *given_images)
-        if document_ids is not None:
-            check_documents(self.config, document_ids, input_ids, past_key_values)
+        self._check(kwargs, past_key_values, document_ids, input_ids, inputs_embeds, *given_images)
         if latent_patches is None and labels is not None:
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
@@ -584,9 +573,8 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             image_loss = images.loss(image_prediction, num_image_items_in_batch)
             loss = self.config.image_loss_weight * image_loss
         if labels is not None:
-            text_loss = self.text_loss(
-                hidden_states, input_ids, labels, num_items_in_batch, shifted_labels, document_ids
-            )
+            targets = (input_ids, labels, num_items_in_batch, shifted_labels, document_ids)
+            text_loss = self.text_loss(hidden_states, *targets)
             loss = text_loss + loss
         return TransfusionOutput(
             loss=loss,
@@ -603,6 +591,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         self,
         kwargs: Mapping[str, Any],
         past_key_values: Cache | None,
+        document_ids: Tensor | None,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         latent_patches: Tensor | None,
@@ -612,6 +601,8 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
     ) -> None:
         """Check inputs that are new: tokens after a cache, and denoising steps against it, have been checked."""
         refuse_pictures(kwargs)
+        if document_ids is not None:
+            check_documents(self.config, document_ids, input_ids, past_key_values)
         if torch.compiler.is_compiling():
             return
         is_committed = latent_patches is not None and timesteps is None

@@ -340,7 +340,8 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             prompt: One or several; ordinary text, in which no word is a control token.
             negative_prompt: What to be guided away from, one or one for each prompt.
             height, width: In pixels; by default those of `image`, or of the model's pictures.
-            num_inference_steps, guidance_scale: By default those of the generation config.
+            num_inference_steps, guidance_scale, guidance_interval: By default those of the generation config.
+                Outside the interval, (low, high) shares of the schedule from 0, clean, to 1, a step costs half.
             num_images_per_prompt: Pictures of each prompt, side by side in the result.
             generator: One, or one for each picture.
             latents: (N, C, h, w) noise to start from.
@@ -349,10 +350,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {"latents": (N, C, h, w)})`; what it
                 returns under `"latents"` replaces them.
             callback_on_step_end_tensor_inputs: Which of `"latents"` the callback gets.
-            image: The picture that each prompt says how to change, or one for each prompt. It stands before the
-                prompt, and before the negative prompt too.
-            guidance_interval: (low, high) shares of the schedule, 0 clean and 1 noise, between which there is
-                guidance; a step outside costs half as much.
+            image: What each prompt says how to change, or one for each prompt; it stands before both prompts.
 
         Raises:
             ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type or tensor for
@@ -369,10 +367,10 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         num_images = len(prompts) * num_images_per_prompt
         if latents is not None:
             latents = self.to_patches(latents, num_images, grid)
-        drawing = self.model.prepare_drawing(
-            num_inference_steps, guidance_scale, self.scheduler, guidance_interval=guidance_interval
-        )
-        self._interrupt, self._num_timesteps = False, self.count_steps(drawing.num_inference_steps)
+        how: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        how |= {"guidance_interval": guidance_interval, "scheduler": self.scheduler}
+        num_steps = self.model.prepare_drawing(**how).num_inference_steps
+        self._interrupt, self._num_timesteps = False, self.count_steps(num_steps)
         with self.progress_bar(total=self.num_timesteps) as progress:
 
             def after_step(step: int, timestep: Tensor, x_t: Tensor) -> Tensor | None:
@@ -388,11 +386,8 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             try:
                 latent_patches = self.model.generate_images(
                     **inputs,
+                    **how,
                     output_image_grids=grid,
-                    num_inference_steps=drawing.num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    guidance_interval=guidance_interval,
-                    scheduler=self.scheduler,
                     generator=generator,
                     latents=latents,
                     callback=after_step,

@@ -162,7 +162,7 @@ class ContinuousAxialPositionalEmbedding(nn.Module):
         """Embed `coordinates` (P, axes), whole numbers of 0 or more: (P, dim)."""
         places = coordinates.unbind(dim=1)
         # A table per axis is less work, but its length depends on values, which neither graphs nor meta tensors have.
-        is_graph = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+        is_graph = torch.compiler.is_compiling() or (coordinates.is_cuda and torch.cuda.is_current_stream_capturing())
         if is_graph or coordinates.is_meta:
             return torch.stack([axis(place) for axis, place in zip(self.axes, places, strict=True)]).sum(0)
         sizes = (coordinates.amax(dim=0) + 1).tolist() if len(coordinates) else [1] * len(self.axes)

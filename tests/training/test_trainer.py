@@ -70,8 +70,8 @@ def test_a_step_does_not_depend_on_its_division(
     expected, out = one_step(objective)
     model = tiny_model(objective=objective)
     batch_size, accumulation = division
-    options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    options |= {"packed_length": packed_length}
+    options: dict[str, Any] = {"packed_length": packed_length}
+    options |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     trainer = sgd_trainer(model, RowList(ragged_rows()), tmp_path, max_steps=1, **options)
     trainer.train()
     assert largest_difference(model.state_dict(), expected) < 1e-12
