@@ -187,11 +187,12 @@ def segmented_attention(query: Tensor, key: Tensor, value: Tensor, mask: Segment
         return _SegmentedAttention.apply(query, key, value, mask, scaling)
     output = _zeros_for(query, value)
     for segment in mask.segments:
-        parts = (
+        attended = F.scaled_dot_product_attention(
             _cut(query, segment, segment.queries),
-            *(_cut(tensor, segment, segment.keys) for tensor in (key, value)),
+            _cut(key, segment, segment.keys),
+            _cut(value, segment, segment.keys),
+            **_options(segment, query, scaling),
         )
-        attended = F.scaled_dot_product_attention(*parts, **_causality(segment, query), scale=scaling)
         _cut(output.transpose(1, 2), segment, segment.queries).copy_(attended)
     return output
 
@@ -265,7 +266,7 @@ def _cut(tensor: Tensor, segment: Segment, places: tuple[int, int]) -> Tensor:
 
 
 def _options(segment: Segment, query: Tensor, scaling: float) -> dict[str, Any]:
-    """The options of a kernel. It can hide what is above the diagonal of a square alone, and needs a mask for others."""
+    """The options of a kernel, which can hide what is above the diagonal of a square, and else needs a mask."""
     num_queries, num_keys = (end - first for first, end in segment[1:3])
     if not segment.is_causal or num_queries == num_keys:
         return {"is_causal": segment.is_causal, "attn_mask": None, "scale": scaling}

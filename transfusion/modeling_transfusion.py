@@ -343,11 +343,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
             position_ids, document_ids: (B, L); by default a document begins where the positions begin anew.
             past_key_values: Cache of the positions before these.
             inputs_embeds: (B, L, H) in place of `input_ids`.
-            latent_patches: (P, D), the patches as they are, noisy or clean.
-            image_grids, timesteps: (N, 2) and (N,) of each image, which is clean (0) by default.
+            latent_patches, image_grids: (P, D) as they are, noisy or clean; (N, 2), their rows and columns.
+            timesteps: (N,), clean (0) by default.
             patch_repeats: How often the images stand in the batch, one set of rows after the other.
-            use_cache: Whether to return the keys and values.
-            kwargs: For the attention implementation.
+            use_cache: Whether to return the keys and values; `kwargs` are for the attention implementation.
 
         Returns `last_hidden_state` (B, L, H), the cache, and `patch_skips` for the patch decoder.
         """

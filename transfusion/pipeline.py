@@ -340,8 +340,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             prompt: One or several; ordinary text, in which no word is a control token.
             negative_prompt: What to be guided away from, one or one for each prompt.
             height, width: In pixels; by default those of `image`, or of the model's pictures.
-            num_inference_steps, guidance_scale, guidance_interval: By default those of the generation config.
-                Outside the interval, (low, high) shares of the schedule from 0, clean, to 1, a step costs half.
+            num_inference_steps, guidance_scale, guidance_interval: As for `generate_images`, with its defaults.
             num_images_per_prompt: Pictures of each prompt, side by side in the result.
             generator: One, or one for each picture.
             latents: (N, C, h, w) noise to start from.

@@ -152,7 +152,7 @@ def test_plain_trainer_averages_micro_batches(objective: str, tmp_path: Path) ->
 def test_logged_losses_are_means_over_all_that_was_learned(tmp_path: Path) -> None:
     """Over three steps of unlike numbers of tokens and patches, with weights that stand still."""
     model, rows = tiny_model(), ragged_rows()
-    options = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "logging_steps": 3}
+    options: dict[str, Any] = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "logging_steps": 3}
     trainer = sgd_trainer(model, RowList(rows), tmp_path, max_steps=3, **options)
     trainer.train()
     out = model.eval()(**TransfusionDataCollator(model.config, text_dropout=0.3)(rows))
