@@ -52,7 +52,7 @@ FLOORS = (
     ("registration", "tasks"),
     ("data",),
     ("evaluation", "serving", "training"),
-    ("experiments",),
+    ("benchmarks", "experiments"),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory: declared workloads, honest timing, and what it is measured against."""

@@ -1,0 +1,58 @@
+"""The floor: the matrix products and the attention of a step or an evaluation, and nothing between them."""
+
+import torch
+from torch import Tensor
+
+from .workloads import Size
+
+
+class FloorStep:
+    """The matrix products of a training step or of an evaluation, and fused attention: nothing else."""
+
+    def __init__(
+        self,
+        size: Size,
+        rows: int,
+        attention: list[tuple[int, int, int]],
+        dtype: torch.dtype,
+        device: str,
+        backward: bool,
+        inner: int | None = None,
+    ) -> None:
+        """`attention` lists (batch, queries, keys) of the calls of a layer; `rows` go through its products."""
+        inner = inner or size.inner
+        heads = size.heads * size.head_dim
+        shapes = [(size.width, heads)] * 4 + [(size.width, inner)] * 2 + [(inner, size.width)]
+        self.size, self.backward = size, backward
+        make = lambda *shape: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
+        self.products = [
+            [(make(rows, wide), make(wide, narrow), make(rows, narrow)) for wide, narrow in shapes]
+            for _ in range(size.layers)
+        ]
+        self.attention = []
+        for batch, queries, keys in attention:
+            lengths = (queries, keys, keys)
+            states = [make(batch, size.heads, length, size.head_dim).requires_grad_(backward) for length in lengths]
+            self.attention.append((states, make(batch, size.heads, queries, size.head_dim)))
+
+    def __call__(self) -> None:
+        """Run once."""
+        for layer in self.products:
+            for given, weight, out in layer:
+                torch.mm(given, weight, out=out)
+                if self.backward:
+                    torch.mm(out, weight.T)
+                    torch.mm(given.T, out)
+            for states, gradient in self.attention:
+                self.attend(states, gradient)
+
+    def attend(self, states: list[Tensor], gradient: Tensor) -> None:
+        """Fused attention without a mask, causal where there are as many keys as queries."""
+        query, key, value = states
+        is_causal = self.backward and query.shape[2] == key.shape[2]
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        if self.backward:
+            torch.autograd.grad(out, states, gradient)
+
+
+__all__ = ["FloorStep"]
