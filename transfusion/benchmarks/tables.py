@@ -1,11 +1,13 @@
 """Tables of results: in Markdown for documents, by rich on a terminal."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 from .flops import Peak
 from .results import PEER, PLAIN, Place, Result, fastest, grouped, ratio
 
 
+WIDTH = 200  # of a table that goes into a file
 Cell = Callable[[Result, Sequence[Result], Peak | None], str]
 
 
@@ -44,7 +46,7 @@ def noise(result: Result, *_: object) -> str:
 
 def parameters(result: Result, *_: object) -> str:
     """In millions."""
-    return "" if result.parameters is None else f"{result.parameters / 1e6:.1f} M"
+    return "" if result.parameters is None else f"{result.parameters / 1e6:.3g} M"
 
 
 def token_rate(result: Result, *_: object) -> str:
@@ -136,7 +138,7 @@ def print_tables(results: Sequence[Result], peak: Peak | None = None) -> None:
             table.add_column(heading, justify="left" if index == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 __all__ = ["COLUMNS", "cells", "markdown", "print_tables", "seconds", "title"]
