@@ -192,8 +192,9 @@ class PlainTransfusion(nn.Module):
         rows, length, patches = len(ids), ids.shape[1], noise.shape[1]
         branches = 1 if scale == 1 else 2
         keys = torch.ones(branches * rows, 1, 1, length + patches, dtype=torch.bool, device=ids.device)
-        control = torch.tensor(control_ids(self.config), device=ids.device)
-        keys[rows:, ..., :length] = torch.isin(ids, control)[:, None, None]
+        if branches == 2:
+            control = torch.tensor(control_ids(self.config), device=ids.device)
+            keys[rows:, ..., :length] = torch.isin(ids, control)[:, None, None]
         ids = ids.repeat(branches, 1)
         cache = self.make_cache(len(ids), length + patches)
         square = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
