@@ -24,7 +24,7 @@ def test_the_declared_lengths() -> None:
     assert num_tokens(ROW) == 307
     assert PACKED_8K.tokens == 26 * 307 <= PACKED_8K.longest == 8192
     for workload, length in ((LONG_4K, 4096), (LONG_8K, 8192), (GPU_ONE_8K, 8192)):
-        assert 0.95 * length < workload.longest <= length
+        assert 0.95 * length < workload.tokens <= length == workload.longest
 
 
 @pytest.mark.parametrize(("name", "inner"), [("S", 680), ("M", 1368), ("0.3B", 2728)])

@@ -48,7 +48,7 @@ def make_step(job: MemoryJob) -> tuple[ours.TrainingStep, int]:
     if job.system == "plain":
         plain = reference.PlainTransfusion(config)
         return reference.training_step(plain, workload, job.bf16), ours.num_parameters(plain)
-    model = ours.for_training(ours.build(config))
+    model = ours.for_training(ours.build(config), workload)
     if job.checkpointed:
         model.gradient_checkpointing_enable()
     return ours.training_step(model, workload, job.bf16), ours.num_parameters(model)

@@ -153,10 +153,12 @@ def training_step(
 
 
 def for_training(
-    model: TransfusionForMultimodalGeneration, compiled: bool = False
+    model: TransfusionForMultimodalGeneration, workload: Training | None = None, compiled: bool = False
 ) -> TransfusionForMultimodalGeneration:
-    """Choose attention, and compile the layers if asked."""
+    """Choose attention as the trainings do, and compile the layers if asked."""
     choose_attention(model)
+    if workload is not None and workload.packed_length is not None and model.device.type == "cpu":
+        model.set_attn_implementation("sdpa")  # which alone attends to packed documents piece by piece
     if compiled:
         model.compile_layers()
     return model

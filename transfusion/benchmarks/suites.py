@@ -164,7 +164,7 @@ class Bench:
         candidates = {}
         for compiled in (False, True) if self.options.compiled else (False,):
             suffix = label + (", compiled" if compiled else "")
-            model = ours.for_training(ours.build(config), compiled)
+            model = ours.for_training(ours.build(config), workload, compiled)
             step = ours.training_step(model, workload, dtype == "bf16")
             candidates[f"ours{suffix}"] = Candidate(step, ours.num_parameters(model), flops)
             if not label:  # the plain model shows the limit at the shape of ours
@@ -187,7 +187,7 @@ class Bench:
         for name, overrides in STREAMS.items():
             config = ours.make_config(size, workload.longest, **overrides)
             for compiled in (False, True) if self.options.compiled else (False,):
-                model = ours.for_training(ours.build(config), compiled)
+                model = ours.for_training(ours.build(config), workload, compiled)
                 step = ours.training_step(model, workload, dtype == "bf16")
                 system = f"ours, {name}{', compiled' if compiled else ''}"
                 candidates[system] = Candidate(step, ours.num_parameters(model))

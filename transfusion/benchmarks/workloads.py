@@ -68,7 +68,8 @@ class Training:
     Attributes:
         name: In tables.
         documents: Of the batch.
-        packed_length: Of the rows that we pack them into; None is a row for each, padded.
+        packed_length: Of the rows that we pack them into; None is a row for each, padded. A long document is packed by
+            itself, as it is then attended to without a mask in memory.
     """
 
     name: str
@@ -149,11 +150,11 @@ MIXED: tuple[Document, ...] = (  # 311, 25, 101, 118, 605, 362, 151 and 323 posi
 ONE_ROW = Training("4 rows of an image and text", (ROW,) * 4)
 PADDED = Training("8 documents of mixed lengths, padded", MIXED)
 PACKED = Training("8 documents of mixed lengths, packed", MIXED, packed_length=2048)
-LONG_4K = Training("a document of 4k, 49 images", (repeat((16, (8, 8)), 49),))
-LONG_8K = Training("a document of 8k, 99 images", (repeat((16, (8, 8)), 99),))
+LONG_4K = Training("a document of 4k, 49 images", (repeat((16, (8, 8)), 49),), packed_length=4096)
+LONG_8K = Training("a document of 8k, 99 images", (repeat((16, (8, 8)), 99),), packed_length=8192)
 PACKED_8K = Training("26 documents packed to 8k", (ROW,) * 26, packed_length=8192)
 GPU_PACKED_8K = Training("packed 8k, images of 256 patches", (ROW,) * 26, packed_length=8192)
-GPU_ONE_8K = Training("a document of 8k, 29 images of 256 patches", (repeat((24, IMAGE), 29),))
+GPU_ONE_8K = Training("a document of 8k, 29 images of 256 patches", (repeat((24, IMAGE), 29),), packed_length=8192)
 
 DECODING = (
     Decoding("text, prompt 32", 1, 32),
