@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from transfusion.benchmarks import peer
 from transfusion.benchmarks.memory import MemoryJob, make_step, measure_apart, resident
 
 
@@ -36,3 +37,9 @@ def test_resident_memory_grows_with_what_is_allocated() -> None:
     data[:: 2**12] = b"x" * 2**16  # each page is written
     assert resident("VmRSS") - before > 2**27
     assert resident("VmHWM") >= resident("VmRSS") > 2**20
+
+
+@pytest.mark.skipif(not peer.is_installed(), reason="pip install transfusion-pytorch")
+def test_the_peer() -> None:
+    step, parameters = make_step(MemoryJob("peer", "tiny", "row"))
+    assert parameters > 10_000 and step.module.training

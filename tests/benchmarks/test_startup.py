@@ -19,6 +19,12 @@ def test_imports_take_turns_and_an_empty_interpreter_is_taken_off() -> None:
     assert calls[:2] == ["import a", "import b"] and timed == ["import a", "import b", "import b", "import a"]
 
 
+def test_one_import_is_the_one_to_compare_with() -> None:
+    assert [name for name in startup.IMPORTS if name.startswith("plain")] == [
+        "plain, what the model needs of transformers"
+    ]
+
+
 def test_a_fresh_process_runs() -> None:
     assert 0 < startup.run_fresh("pass") < 30
     with pytest.raises(startup.subprocess.CalledProcessError):

@@ -21,7 +21,7 @@ IMPORTS = {
     "ours, the package": "import transfusion",
     "ours, with its model class": "from transfusion import TransfusionForMultimodalGeneration",
     "plain, what the model needs of transformers": "from transformers import AutoModel, PreTrainedModel",
-    "plain, torch alone": "import torch",
+    "torch alone": "import torch",
 }
 PEER_IMPORT = {"peer": f"import {peer.PACKAGE}"}
 
