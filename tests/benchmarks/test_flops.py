@@ -72,10 +72,10 @@ def test_torch_counts_the_same_products() -> None:
 
 
 def test_an_evaluation_looks_at_the_prefix_and_the_whole_image() -> None:
-    one = denoising_flops(TINY, prefix=10, patches=4, rows=1)
+    one = denoising_flops(TINY, [10], patches=4)
     products = 4 * (TINY.layers * layer_parameters(TINY) + 2 * 16 * PATCH_DIM)
     assert one == 2 * products + 4 * TINY.layers * 16 * 4 * 14
-    assert denoising_flops(TINY, 10, 4, rows=2) == 2 * one
+    assert denoising_flops(TINY, [10, 1], 4) == 2 * one - 4 * TINY.layers * 16 * 4 * 9
 
 
 def test_bytes_of_a_token_are_weights_once_and_the_cache_of_each_row() -> None:

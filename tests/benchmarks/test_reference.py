@@ -20,7 +20,7 @@ def test_it_computes_what_the_model_computes_in_float64() -> None:
     batch = ours.make_collator(model.config, text_dropout=0.5)([row | {"sample_seed": 1} for row in rows])
     batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     outputs = model(**batch, skip_logits=True, use_cache=False)
-    assert float(plain.loss(batch)) == pytest.approx(float(outputs.loss), rel=1e-6)  # both end in float32
+    assert plain.loss(batch).item() == pytest.approx(outputs.loss.item(), rel=1e-6)  # both end in float32
     torch.testing.assert_close(plain.predictions(batch)[2], outputs.image_prediction, rtol=1e-5, atol=1e-6)
 
 

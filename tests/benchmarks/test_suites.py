@@ -65,7 +65,12 @@ def test_denoising(dtype: str) -> None:
     results = run("denoise", dtypes=(dtype,))
     assert systems(results) == ["ours", "plain", "floor"] * 2
     guided, alone = results[0], results[3]
-    assert guided.place.unit == "evaluation" and guided.flops == 2 * (alone.flops or 0)
+    assert (
+        guided.place.unit == "evaluation"
+        and guided.flops
+        and alone.flops
+        and alone.flops < guided.flops < 2 * alone.flops
+    )
     assert all(result.samples and not result.note for result in results)
 
 

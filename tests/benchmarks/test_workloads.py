@@ -8,6 +8,7 @@ from transfusion.benchmarks.workloads import (
     PACKED_8K,
     ROW,
     SIZES,
+    Denoising,
     num_patches,
     num_tokens,
 )
@@ -25,6 +26,11 @@ def test_the_declared_lengths() -> None:
     assert PACKED_8K.tokens == 26 * 307 <= PACKED_8K.longest == 8192
     for workload, length in ((LONG_4K, 4096), (LONG_8K, 8192), (GPU_ONE_8K, 8192)):
         assert 0.95 * length < workload.tokens <= length == workload.longest
+
+
+def test_the_branch_without_text_sees_begin_of_image_alone() -> None:
+    assert Denoising("", 2, 32, guidance=3.0).prefixes == [33, 33, 1, 1]
+    assert Denoising("", 2, 32, guidance=1.0).prefixes == [33, 33]
 
 
 @pytest.mark.parametrize(("name", "inner"), [("S", 680), ("M", 1368), ("0.3B", 2728)])

@@ -7,7 +7,7 @@ the forward pass. What checkpointing computes again does not count.
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,11 +49,11 @@ def training_flops(size: Size, documents: Iterable[Document], inner: int | None 
     return 6 * products + 12 * size.layers * size.heads * size.head_dim * pairs
 
 
-def denoising_flops(size: Size, prefix: int, patches: int, rows: int, inner: int | None = None) -> int:
-    """Of one evaluation: `rows` images (or branches of guidance) of `patches` after a cached `prefix` each."""
+def denoising_flops(size: Size, prefixes: Sequence[int], patches: int, inner: int | None = None) -> int:
+    """Of one evaluation: an image of `patches` (in a branch of guidance) after each of the cached `prefixes`."""
     products = size.layers * layer_parameters(size, inner) * patches + 2 * size.width * PATCH_DIM * patches
-    pairs = patches * (prefix + patches)
-    return rows * (2 * products + 4 * size.layers * size.heads * size.head_dim * pairs)
+    pairs = sum(patches * (prefix + patches) for prefix in prefixes)
+    return len(prefixes) * 2 * products + 4 * size.layers * size.heads * size.head_dim * pairs
 
 
 def decoding_flops(size: Size, length: int, batch: int, inner: int | None = None) -> int:

@@ -194,9 +194,9 @@ class GpuBench:
     def denoising(self, size: Size) -> list[Result]:
         """Guided images, eager and with compiled layers."""
         workload = DENOISING
-        patches, prefix, rows = workload.grid[0] * workload.grid[1], workload.prompt + 1, 2 * workload.batch
-        model = ours.build(ours.make_config(size, prefix + patches + 1), DEVICE).eval().to(torch.bfloat16)
-        flops = denoising_flops(size, prefix, patches, rows)
+        length = workload.prompt + workload.patches + 2
+        model = ours.build(ours.make_config(size, length), DEVICE).eval().to(torch.bfloat16)
+        flops = denoising_flops(size, workload.prefixes, workload.patches)
         place = Place("gpu", workload.name, size.name, "bf16", "evaluation")
         results = []
         for name in ("ours", "ours, compiled"):

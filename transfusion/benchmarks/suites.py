@@ -289,11 +289,10 @@ class Bench:
 
     def denoising(self, workload: Denoising, size: Size, dtype: str, suite: str) -> list[Result]:
         """The cost of an evaluation for all images of the batch, prompt and scheduler included."""
-        patches, branches = workload.grid[0] * workload.grid[1], 1 if workload.guidance == 1 else 2
-        prefix, rows = workload.prompt + 1, branches * workload.batch
+        patches, prefixes = workload.patches, workload.prefixes
         candidates: Candidates = {}
-        for name, model, inner in self.samplers(size, prefix + patches + 1, dtype):
-            flops = denoising_flops(size, prefix, patches, rows, inner)
+        for name, model, inner in self.samplers(size, prefixes[0] + patches + 1, dtype):
+            flops = denoising_flops(size, prefixes, patches, inner)
             candidates[name] = Candidate(drawing_call(model, workload), ours.num_parameters(model), flops)
             if self.options.compiled:
                 (reference.compile_layers if name == "plain" else compile_ours)(compiled := again(model))
@@ -302,9 +301,9 @@ class Bench:
                 )
         if self.options.with_peer:
             candidates |= self.peer_drawers(workload, size, dtype)
-        attention = [(rows, patches, prefix + patches)]
-        step = FloorStep(size, rows * patches, attention, DTYPES[dtype], "cpu", backward=False)
-        floor_flops = denoising_flops(size, prefix, patches, rows)
+        attention = [(prefixes.count(prefix), patches, prefix + patches) for prefix in sorted(set(prefixes))]
+        step = FloorStep(size, len(prefixes) * patches, attention, DTYPES[dtype], "cpu", backward=False)
+        floor_flops = denoising_flops(size, prefixes, patches)
         candidates["floor"] = Candidate(functools.partial(repeatedly, step, workload.evaluations), None, floor_flops)
         place = Place(suite, workload.name, size.name, dtype, "evaluation")
         return self.measure(place, candidates, workload.evaluations)
@@ -426,8 +425,9 @@ def drawing_call(model: Any, workload: Denoising) -> Call:
         return functools.partial(ours.draw, model, workload)
     ids = ours.prompts(workload.batch, workload.prompt)
     begun = torch.cat([ids, torch.full_like(ids[:, :1], model.config.boi_token_id)], dim=1)
-    patches = workload.grid[0] * workload.grid[1]
-    noise = torch.randn(workload.batch, patches, model.config.patch_dim, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        workload.batch, workload.patches, model.config.patch_dim, generator=torch.Generator().manual_seed(0)
+    )
     return functools.partial(model.draw, begun, noise, workload.evaluations, workload.guidance)
 
 

@@ -118,6 +118,16 @@ class Denoising:
     evaluations: int = 30
     grid: tuple[int, int] = IMAGE
 
+    @property
+    def prefixes(self) -> list[int]:
+        """Positions that each row looks at ahead of its image: the branch without text sees begin-of-image alone."""
+        return [self.prompt + 1] * self.batch + [1] * (0 if self.guidance == 1 else self.batch)
+
+    @property
+    def patches(self) -> int:
+        """Of an image."""
+        return self.grid[0] * self.grid[1]
+
 
 @dataclass(frozen=True)
 class Interleaving:
