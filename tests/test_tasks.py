@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 from transformers.pipelines import any_to_any
@@ -77,6 +77,33 @@ def test_tasks_save_model_and_processor_without_code(path: str, tmp_path: Path) 
     assert not list(tmp_path.glob("*.py")) and (tmp_path / "vae").is_dir()
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
     assert pipeline("text-to-image", model=str(tmp_path))("a heart", num_inference_steps=1).size == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["text-to-image", "interleaved-generation"])
+def test_tasks_save_the_scheduler_too(name: str, path: str, tmp_path: Path) -> None:
+    pipeline(name, model=path).save_pretrained(tmp_path)
+    saved = DiffusionPipeline.from_pretrained(tmp_path).scheduler
+    assert type(saved) is FlowMatchHeunDiscreteScheduler and saved.config.shift == 2.0
+
+
+def test_interleaved_generation_draws_with_the_saved_scheduler(path: str) -> None:
+    task = pipeline("interleaved-generation", model=path, do_sample=False, num_inference_steps=2)
+    chat = [{"role": "user", "content": "a heart"}]
+    _, drawing, _ = task(chat, generator=seeded(0)[0])
+    drawer = TransfusionPipeline.from_pretrained(path)
+    options = {"do_sample": False, "num_inference_steps": 2}
+    expected = drawer.chat(chat, generator=seeded(0)[0], **options).images[0]
+    assert np.array_equal(pixels(drawing), pixels(expected))
+    _, other, _ = task(chat, generator=seeded(0)[0], scheduler=FlowMatchHeunDiscreteScheduler(shift=9.0))
+    assert not np.array_equal(pixels(drawing), pixels(other))
+
+
+def test_interleaved_generation_batches_what_has_pictures_with_what_has_none(path: str) -> None:
+    task = pipeline("interleaved-generation", model=path, do_sample=False, num_inference_steps=1)
+    one, wide = picture(0, 16, 16), picture(1, 16, 32)
+    inputs = ["\n", {"text": "<image>of\n", "images": [one]}, {"text": "<image>or<image>of\n", "images": [one, wide]}]
+    for parts in task(inputs, batch_size=3):
+        check_parts(parts)
 
 
 def test_tasks_take_model_and_processor_too() -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForMultimodalLM, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
@@ -31,7 +32,7 @@ DRAWING_ARGUMENTS = (
 
 
 class _TransfusionTask(Pipeline):
-    """What the tasks share: they take a processor, move its VAE along, and save without code."""
+    """What the tasks share: a processor whose VAE moves along, the checkpoint's scheduler, and saving without code."""
 
     _load_processor = True
     _load_tokenizer = False
@@ -39,9 +40,14 @@ class _TransfusionTask(Pipeline):
     _load_feature_extractor = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from .pipeline import read_scheduler
+
         super().__init__(*args, **kwargs)
         if self.processor.vae is not None:
             self.processor.vae.to(self.device)
+        path = self.model.name_or_path
+        commit = getattr(self.model.config, "_commit_hash", None)  # absent where the model is of a folder
+        self.noise_scheduler = read_scheduler(path, revision=commit) if path else None
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse an empty list, at which transformers would fail."""
@@ -50,9 +56,12 @@ class _TransfusionTask(Pipeline):
         return super().__call__(inputs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model and processor; transformers would save the parts of the processor and our code."""
+        """Save a checkpoint for both libraries; transformers would save the parts of the processor and our code."""
+        from .pipeline import save_pipeline_parts
+
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+        save_pipeline_parts(os.fspath(save_directory), self.model.config, self.noise_scheduler)
 
 
 class TextToImagePipeline(_TransfusionTask):
@@ -69,13 +78,10 @@ class TextToImagePipeline(_TransfusionTask):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from .pipeline import TransfusionPipeline, read_scheduler
+        from .pipeline import TransfusionPipeline
 
         super().__init__(*args, **kwargs)
-        path = self.model.name_or_path
-        commit = getattr(self.model.config, "_commit_hash", None)  # absent where the model is of a folder
-        scheduler = read_scheduler(path, revision=commit) if path else None
-        self.drawing = TransfusionPipeline(self.model, self.processor, scheduler)
+        self.drawing = TransfusionPipeline(self.model, self.processor, self.noise_scheduler)
         self.drawing.set_progress_bar_config(disable=True)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -106,6 +112,8 @@ class TextToImagePipeline(_TransfusionTask):
 class InterleavedGenerationPipeline(_TransfusionTask):
     """`pipeline("interleaved-generation", model=path)`: a prompt or a chat -> its continuation with pictures.
 
+    Draws with the scheduler that was saved beside the model, unless a call names another.
+
     Args of a call:
         inputs: A prompt, which is ordinary text; `{"text": ..., "images": [...]}`, where `<image>` marks the places
             of the pictures; a chat, a list of messages; or a list or data set of these.
@@ -126,15 +134,26 @@ class InterleavedGenerationPipeline(_TransfusionTask):
         """Encode a prompt or a chat."""
         if isinstance(input_, Chat):
             options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-            return dict(self.processor.apply_chat_template(input_.messages, return_tensors="pt", **options))
+            return self._encoded(self.processor.apply_chat_template(input_.messages, return_tensors="pt", **options))
         given = {"text": input_} if isinstance(input_, str) else input_
         if not isinstance(given, Mapping) or set(given) - {"text", "images"}:
             raise ValueError(f"The input is {input_!r}; give a prompt, a dict of text and images, or messages.")
-        return dict(self.processor(**given, return_tensors="pt"))
+        return self._encoded(self.processor(**given, return_tensors="pt"))
+
+    def _encoded(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs with the entries of pictures, if only of none: those of a batch must have the same."""
+        none = {"latent_patches": torch.zeros(0, self.processor.patch_dim), "image_grids": torch.zeros(0, 2).long()}
+        return {**none, **inputs}
 
     def _forward(self, input_tensors: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
-        options = self._prepare_generate_kwargs(kwargs)
-        generated = self.model.generate(**input_tensors, generation_mode="interleaved", **options)
+        if not len(input_tensors["image_grids"]):
+            input_tensors = {name: input_tensors[name] for name in ("input_ids", "attention_mask")}
+        if hasattr(self, "_prepare_generate_kwargs"):
+            options = self._prepare_generate_kwargs(kwargs)
+        else:  # older transformers
+            options = {"generation_config": self.generation_config, **kwargs}
+        options = {"scheduler": self.noise_scheduler, **options, "generation_mode": "interleaved"}
+        generated = self.model.generate(**input_tensors, **options)
         rows = self.processor.post_process_multimodal_output(generated)
         return {"written": [{"parts": row} for row in rows]}
 
