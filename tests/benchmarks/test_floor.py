@@ -23,3 +23,14 @@ def test_the_floor_attends(backward: bool) -> None:
         step()
     calls = {event.key: event.count for event in profiler.key_averages()}
     assert calls["aten::scaled_dot_product_attention"] == 2 * SIZES["tiny"].layers
+
+
+def test_no_product_writes_over_what_it_reads() -> None:
+    size = SIZES["tiny"]
+    step = FloorStep(size, 12, [], torch.float64, "cpu", backward=True)
+    weight = step.weights[0][0]
+    step.multiply(weight)
+    out = step.states[16] @ weight.T
+    torch.testing.assert_close(step.outputs[16], out)
+    torch.testing.assert_close(step.gradients[16], out @ weight)
+    torch.testing.assert_close(step.weight_gradients[16, 16], out.T @ step.states[16])
