@@ -324,7 +324,7 @@ def load_picture(
         return _decode(source, "The PIL image", max_image_pixels, convert_rgb)
     if isinstance(source, np.ndarray | torch.Tensor):
         picture = _from_array(source, max_image_pixels, input_data_format)
-        return _to_rgb(picture) if convert_rgb else picture
+        return to_rgb(picture) if convert_rgb else picture
     stream: Any = source
     if isinstance(source, bytes):
         name, stream = f"The picture of {len(source)} bytes", io.BytesIO(source)
@@ -350,7 +350,7 @@ def _decode(image: Image.Image, name: str, max_image_pixels: int, convert_rgb: b
         raise ValueError(f"{name} has the mode {image.mode}; do_convert_rgb=False reads L, RGB and RGBA alone.")
     try:
         upright = ImageOps.exif_transpose(image)
-        return _to_rgb(upright) if convert_rgb else upright
+        return to_rgb(upright) if convert_rgb else upright
     except Exception as error:
         raise ValueError(f"{name} cannot be decoded (truncated or damaged?): {error}") from error
 
@@ -363,7 +363,7 @@ def _check_pixels(width: int, height: int, name: str, max_image_pixels: int) -> 
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode of PIL to 8-bit RGB, transparency over white."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bit(np.asarray(image)).convert("RGB")

@@ -111,7 +111,7 @@ def test_caption_columns(tmp_path: Path, column: str) -> None:
         ({"file_name": "b.png"}, "no caption"),
         ({"text": "x"}, "no file_name"),
         ({"file_name": 3, "text": "x"}, "no file_name"),
-        ([1, 2], "no file_name"),
+        ([1, 2], "a list, not an object"),
         ('{"file_name": "b.png", "text": "x"', "not JSON"),
     ],
 )
@@ -208,6 +208,36 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         read_image_folder(tmp_path)
     with pytest.raises(ValueError, match="0 usable pictures, 1 faults"):
         read_image_folder(write_folder(tmp_path, [{"file_name": "a.png"}], ("a.png",)))
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a"]])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(ValueError, match="the folder is .*; give the path"):
+        read_image_folder(path)
+
+
+def test_a_missing_folder_is_told_from_one_without_metadata(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is no folder; give one"):
+        read_image_folder(tmp_path / "nowhere")
+    (tmp_path / "metadata.jsonl").touch()
+    for match in ("0 usable pictures, 0 faults", r'Write a line for each picture: \{"file_name": '):
+        with pytest.raises(ValueError, match=match):
+            read_image_folder(tmp_path)
+
+
+def test_a_row_without_a_file_name_is_shown(tmp_path: Path) -> None:
+    (fault,) = read_image_folder(write_folder(tmp_path, [GOOD, {"filename": "a.png", "text": "x"}], ("a.png",)))[
+        1
+    ].faults
+    assert fault.reason == "no file_name in {'filename': 'a.png', 'text': 'x'}"
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, name: str) -> None:
+    levels = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(levels).save(tmp_path / name)
+    (picture,), _ = read_image_folder(write_folder(tmp_path, [{"file_name": name, "text": "grey"}], ()), strict=True)
+    assert np.abs(np.asarray(picture.image)[..., 0] - levels / 257.0).max() < 1
 
 
 def test_transparent_pictures_are_put_on_white_and_turned_upright(tmp_path: Path) -> None:

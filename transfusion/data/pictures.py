@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image, ImageOps
+
+from ..image_processing import to_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -19,6 +22,7 @@ EMOJI_FILE = ASSETS / "fluent_emoji_64.zip"
 SPLITS = ("train", "held_out", "all")
 _PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _SHOWN_FAULTS = 20
+_EXAMPLE = 'Write a line for each picture: {"file_name": "heart.png", "text": "a red heart"}'
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,9 @@ class CaptionedPicture:
 
     @property
     def image(self) -> Image.Image:
-        """The picture in RGB, turned upright and, where it is transparent, on white."""
+        """The picture in RGB, turned upright; transparency is laid over white, and 16-bit grey is scaled."""
         with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as opened:
-            upright = ImageOps.exif_transpose(opened)
-        if not upright.has_transparency_data:
-            return upright.convert("RGB")
-        pasted = Image.new("RGBA", upright.size, "white")
-        pasted.alpha_composite(upright.convert("RGBA"))
-        return pasted.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(opened))
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,8 @@ def read_image_folder(
     Raises:
         ValueError: no metadata.jsonl, a split that no row has, no usable picture, or, if `strict`, any fault.
     """
-    root = Path(path).resolve()
-    metadata = root / "metadata.jsonl"
-    if not metadata.is_file():
-        raise ValueError(f'{root} has no metadata.jsonl; write one with a row {{"file_name", "text"}} per picture')
+    metadata = find_metadata(path)
+    root = metadata.parent
     pictures: list[CaptionedPicture] = []
     faults: list[DataFault] = []
     listed: set[str] = set()
@@ -142,11 +139,26 @@ def read_image_folder(
             raise ValueError(f"no row of {metadata} has split {split!r}; they have {', '.join(splits) or 'none'}")
         pictures = [picture for picture in pictures if picture.split == split]
     report = DataReport(root, len(pictures), tuple(faults))
-    if (faults and strict) or not pictures:
+    if not pictures:
+        raise ValueError(f"{report}\n{_EXAMPLE}")
+    if faults and strict:
         raise ValueError(str(report))
     if faults:
         logger.warning("%s", report)
     return pictures, report
+
+
+def find_metadata(path: str | Path) -> Path:
+    """The metadata.jsonl of an imagefolder, with links followed; ValueError where there is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"the folder is {path!r}; give the path of one with pictures and a metadata.jsonl")
+    root = Path(path).resolve()
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder; give one with pictures and a metadata.jsonl")
+    metadata = root / "metadata.jsonl"
+    if not metadata.is_file():
+        raise ValueError(f"{root} has no metadata.jsonl. {_EXAMPLE}")
+    return metadata
 
 
 def _lines(metadata: Path) -> Iterator[tuple[str, bytes]]:
@@ -161,18 +173,21 @@ def _read_row(line: bytes, where: str, root: Path, listed: set[str]) -> Captione
         row = json.loads(line)
     except ValueError as error:
         return DataFault(where, f"not JSON: {error}")
-    row = row if isinstance(row, dict) else {}
+    if not isinstance(row, dict):
+        return DataFault(where, f"a {type(row).__name__}, not an object")
     columns = ["file_name"] if row.get("source_file_name") is None else ["file_name", "source_file_name"]
     for column in columns:
         name = row.get(column)
         if not isinstance(name, str) or not name:
-            return DataFault(where, f"no {column}")
+            return DataFault(where, f"no {column} in {str(row)[:100]}")
         if _inside(root, name) is None:
             return DataFault(where, f"{column} {name!r} leaves the folder")
         listed.add(PurePosixPath(name).as_posix())
     captions = _captions(row)
     if not captions:
-        return DataFault(where, f"{row['file_name']} has no caption (text, caption or captions)")
+        return DataFault(
+            where, f"{row['file_name']} has no caption (a string in text or caption, or a list of them in captions)"
+        )
     picture = _picture(row, captions, (root / row["file_name"]).resolve())
     if len(columns) == 2:
         file = (root / row["source_file_name"]).resolve()
