@@ -359,6 +359,16 @@ def test_names_of_other_libraries_are_answered_by_ours(mode: str, name: str, our
         tiny_model(objective="flow").generate(torch.tensor([[5]]), generation_mode=mode, **{name: torch.ones(1, 1)})
 
 
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_prompts_that_are_no_ids_and_lengths_that_are_no_numbers_are_refused(mode: str) -> None:
+    for name, value in (("inputs", "a red heart"), ("input_ids", [[5]])):
+        with pytest.raises(ValueError, match=rf"{name} is a {type(value).__name__}; give ids, \*\*processor"):
+            tiny_model().generate(generation_mode=mode, **{name: value})
+    for n in ("many", 0, 1.5):
+        with pytest.raises(ValueError, match=f"max_new_tokens={n!r}; give an integer of 1 or more"):
+            tiny_model().generate(torch.tensor([[5]]), generation_mode=mode, max_new_tokens=n)
+
+
 def test_image_mode_says_what_it_returns() -> None:
     config = GenerationConfig(return_dict_in_generate=True)
     for options in ({"return_dict_in_generate": True}, {"generation_config": config}):

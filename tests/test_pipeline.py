@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -480,8 +481,10 @@ def test_chats_answer_with_text_and_pictures_in_order() -> None:
     np.testing.assert_allclose(np.asarray(again.images[1][0], int), np.asarray(drawing, int), atol=1)
     tall = pipeline.chat(messages, height=32, width=16, max_new_tokens=4, **arguments)
     assert tall.images[0].size == (16, 32)
-    with pytest.raises(ValueError, match=r"messages=\[\]"):
-        pipeline.chat([])
+    refused: list[Any] = [[], 5, "hello"]
+    for wrong in refused:
+        with pytest.raises(ValueError, match=rf"messages={re.escape(repr(wrong))}; give a list"):
+            pipeline.chat(wrong)
     pipeline.scheduler = DDIMScheduler()  # draws with the pipeline's own scheduler, and so refuses this one
     with pytest.raises(ValueError, match="DDIMScheduler"):
         pipeline.chat(messages, **arguments)
@@ -506,6 +509,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"height": 4096, "width": 4096}, "height=4096, width=4096 is too large"),
     ({"guidance_scale": "3"}, "guidance_scale='3'"),
     ({"num_inference_steps": True}, "num_inference_steps=True"),
+    ({"num_images_per_prompt": True}, "num_images_per_prompt=True"),
+    ({"generator": 42}, "generator=42; give a generator, torch.Generator().manual_seed(0)"),
+    ({"generator": "seed"}, "generator='seed'; give a generator"),
+    ({"latents": "noise"}, "latents is a str; give a tensor of the shape (1, 4, 4, 4)"),
+    ({"callback_on_step_end": "stop"}, "callback_on_step_end='stop'; give a function"),
+    ({"callback_on_step_end": lambda *_: None}, "callback_on_step_end returned None; return its last argument"),
+    ({"callback_on_step_end_tensor_inputs": None}, "tensor_inputs=None; give a list of ['latents']"),
+    ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs='latents'; give a list of ['latents']"),
 ]
 
 
@@ -514,6 +525,12 @@ def test_refuses_bad_arguments(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError) as error:
         make_pipeline()(**{"prompt": "a heart", "num_inference_steps": 1, **arguments})
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("path", [None, 5])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(ValueError, match=f"path={path}; give the folder of a checkpoint"):
+        TransfusionPipeline.from_pretrained(path)
 
 
 @pytest.mark.parametrize("scheduler", ["euler", FlowMatchHeunDiscreteScheduler, None])

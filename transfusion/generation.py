@@ -359,6 +359,13 @@ class TransfusionGenerationMixin(GenerationMixin):
     def _check_inputs(self, inputs: Tensor | None, image_grids: Any, kwargs: dict[str, Any]) -> bool:
         """Refuse what does not fit in any mode; say whether there are images in the prompts."""
         refuse_foreign_names(kwargs)
+        for name, ids in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):
+            if ids is not None and not isinstance(ids, Tensor):
+                raise ValueError(
+                    f"{name} is a {type(ids).__name__}; give ids, **processor(text=..., return_tensors='pt')."
+                )
+        if (length := kwargs.get("max_new_tokens")) is not None:
+            check_count("max_new_tokens", length, 1)
         latent_patches = kwargs.get("latent_patches")
         if latent_patches is None:
             return False

@@ -112,6 +112,13 @@ def list_generators(
     """One generator per row: a single one serves all in turn; a list of another length is a ValueError."""
     if generator is None or isinstance(generator, torch.Generator):
         return [generator] * num_rows
+    if not isinstance(generator, list | tuple) or not all(
+        isinstance(one, torch.Generator | None) for one in generator
+    ):
+        raise ValueError(
+            f"generator={generator!r}; give a generator, torch.Generator().manual_seed(0), or a list with one for "
+            "each image."
+        )
     if len(generator) != num_rows:
         raise ValueError(f"generator is a list of {len(generator)} for {num_rows} images. Give one, or one for each.")
     return list(generator)

@@ -179,6 +179,13 @@ def list_prompts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]
     return prompts
 
 
+def changed_latents(returned: Any) -> Any:
+    """The latents in what a callback returned, or None; ValueError where that is no dictionary."""
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"callback_on_step_end returned {returned!r}; return its last argument.")
+    return returned.get("latents")
+
+
 class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
     """Draws pictures from prompts, edits pictures, writes captions of them, and answers with text and pictures.
 
@@ -257,6 +264,8 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         `kwargs` are those of `DiffusionPipeline.from_pretrained`: `dtype`, `device_map`, a component under its name,
         ... Options of the model alone: `from_pretrained(path, model=AutoModel.from_pretrained(path, ...))`.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"path={path!r}; give the folder of a checkpoint, or its name on the Hub.")
         if not os.path.isdir(path):
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
             path = snapshot_download(str(path), allow_patterns=CHECKPOINT_FILES, **hub)
@@ -355,7 +364,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
             ValueError: An empty prompt list, a size that the patches cannot hold, an unknown output type or tensor for
                 the callback, pictures of several sizes where no size is named.
         """
-        self.check_inputs(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
+        self.check_inputs(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs, callback_on_step_end)
         prompts = list_prompts(prompt)
         sources = self.encode_sources(image, len(prompts))
         grid = self.grid_of(height, width, sources)
@@ -376,7 +385,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
                 progress.update()
                 if callback_on_step_end is not None:
                     kept = {name: self.to_latents(x_t, grid) for name in callback_on_step_end_tensor_inputs}
-                    if (changed := callback_on_step_end(self, step, timestep, kept).get("latents")) is not None:
+                    if (changed := changed_latents(callback_on_step_end(self, step, timestep, kept))) is not None:
                         x_t = self.to_patches(changed, num_images, grid)
                 if self.interrupt:
                     raise _Interrupted(x_t)
@@ -397,12 +406,27 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return TransfusionPipelineOutput(images) if return_dict else (images,)
 
-    def check_inputs(self, output_type: str, num_images_per_prompt: int, tensor_inputs: Sequence[str]) -> None:
+    def check_inputs(
+        self,
+        output_type: str,
+        num_images_per_prompt: int,
+        tensor_inputs: Sequence[str],
+        callback: Callable[[Any, int, Tensor, dict], dict] | None = None,
+    ) -> None:
         """Raise a `ValueError` for arguments of a call that no picture can be drawn with."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}.")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        is_count = isinstance(num_images_per_prompt, int) and not isinstance(num_images_per_prompt, bool)
+        if not is_count or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}; give an integer of 1 or more.")
+        if callback is not None and not callable(callback):
+            raise ValueError(
+                f"callback_on_step_end={callback!r}; give a function (pipeline, step, timestep, tensors)."
+            )
+        if not isinstance(tensor_inputs, list | tuple | set):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={tensor_inputs!r}; give a list of {self._callback_tensor_inputs}."
+            )
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs holds {unknown}; allowed: {self._callback_tensor_inputs}."
@@ -452,7 +476,7 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         Raises:
             ValueError: No messages, or what `apply_chat_template` and `generate` refuse.
         """
-        if not messages or isinstance(messages, str | Mapping):
+        if not messages or isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise ValueError(f"messages={messages!r}; give a list of at least one message.")
         is_one = isinstance(messages[0], Mapping)
         if height is not None or width is not None:
@@ -597,6 +621,8 @@ class TransfusionPipeline(SharedPipeline, DiffusionPipeline):
         """Flat patches (P, D) of `latents` (N, C, h, w), the inverse of `to_latents`."""
         config = self.model.config
         expected = (num_images, config.latent_channels, *(side * config.patch_size for side in grid))
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"latents is a {type(latents).__name__}; give a tensor of the shape {expected}.")
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; these prompts and sizes take {expected}.")
         return patchify(latents, config.patch_size).flatten(0, 1)
