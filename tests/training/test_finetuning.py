@@ -16,12 +16,12 @@ from transfusion import TransfusionForMultimodalGeneration, TransfusionPipeline
 from transfusion.data import read_image_folder
 from transfusion.training.finetuning import (
     FinetuneRecipe,
-    check_lengths,
     finetune,
     load_start,
     split_pictures,
     start_from_text_model,
 )
+from transfusion.training.recipes import check_lengths
 from transfusion.training.rows import CaptionedPictureRows
 
 
@@ -178,6 +178,13 @@ def test_wrong_settings_are_refused_before_anything_is_trained(
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("max_steps is None and num_epochs None", {"max_steps": None}),
         ("max_steps is 4 and num_epochs 1", {"num_epochs": 1}),
+        ("max_steps is -5; give a number above 0", {"max_steps": -5}),
+        ("num_epochs is 0; give", {"max_steps": None, "num_epochs": 0}),
+        ("save_every is 0; give", {"save_every": 0}),
+        ("sample_every is 0; give", {"sample_every": 0}),
+        ("batch_size is 0; give", {"batch_size": 0}),
+        ("caption_first is 7; give a share", {"caption_first": 7}),
+        ("text_dropout is -1; give a share", {"text_dropout": -1}),
         ("without lora_rank", {"merge": True}),
         ("lora_rank is 0", {"lora_rank": 0}),
         ("adapters are not averaged", {"lora_rank": 2, "ema_decay": 0.9}),
@@ -190,7 +197,7 @@ def test_wrong_settings_are_refused_before_anything_is_trained(
             run(start, picture_folder, tmp_path / "run", **options)
     with pytest.raises(ValueError, match="where the training begins"):
         run(start, picture_folder, start)
-    with pytest.raises(ValueError, match="no metadata.jsonl"):
+    with pytest.raises(ValueError, match="missing is no folder"):
         run(start, tmp_path / "missing", tmp_path / "run")
     with pytest.raises(SystemExit):
         parse_args("--text_model a --data b --output_dir c --max_steps 1 --freeze_text --lora_rank 2".split())

@@ -50,3 +50,12 @@ def test_length_is_given_once(tmp_path: Path) -> None:
         parse_args(["demo", "--output_dir", "run", "--max_steps", "3", "--max_minutes", "3"])
     with pytest.raises(ValueError, match="max_minutes is None and max_steps None"):
         train_demo(tmp_path, max_minutes=None)
+    for length in ({"max_minutes": -1}, {"max_minutes": None, "max_steps": 0}, {"max_steps": -5, "max_minutes": None}):
+        with pytest.raises(ValueError, match="give a number above 0"):
+            train_demo(tmp_path, **length)
+
+
+def test_captions_that_do_not_fit_are_refused_before_the_training(picture_folder: Path, tmp_path: Path) -> None:
+    (picture_folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "' + "word " * 2000 + '"}')
+    with pytest.raises(ValueError, match="0.png and its caption take .* max_position_embeddings=1024"):
+        train_demo(tmp_path, data=picture_folder, max_minutes=None, max_steps=1)

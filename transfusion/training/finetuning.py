@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from ..autoencoder import load_vae
-from ..configuration import PRESETS, TransfusionConfig
+from ..configuration import PRESETS
 from ..data import load_vae as load_shipped_vae
 from ..data.pictures import CaptionedPicture
 from ..image_processing import TransfusionImageProcessor
@@ -23,6 +23,8 @@ from .latent_cache import EncodedPictures, encode_pictures
 from .recipes import (
     Recipe,
     add_sample_sheets,
+    check_duration,
+    check_lengths,
     choose_attention,
     first_captions,
     save_training,
@@ -66,6 +68,7 @@ class FinetuneRecipe(Recipe):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
+        super().__post_init__()
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank is {self.lora_rank}; give 1 or more, or leave it out to train all weights.")
         if self.lora_rank is not None and self.ema_decay is not None:
@@ -120,17 +123,6 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise ValueError(
             "The tokenizer has no eos_token, with which a model learns to stop; set one, `tokenizer.eos_token = ...`, "
             "and save it."
-        )
-
-
-def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig) -> None:
-    """Raise a `ValueError` where a picture and its caption are longer than the model's rows may be."""
-    length, name = rows.longest()
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"{name} and its caption take {length} positions, and the model has max_position_embeddings="
-            f"{config.max_position_embeddings}. Take smaller pictures (size of the image processor) or shorter "
-            "captions."
         )
 
 
@@ -209,11 +201,13 @@ def finetune(
         The trainer, whose `model` has the last weights and whose `state.log_history` has the losses.
 
     Raises:
-        ValueError: Both or neither of `max_steps` and `num_epochs`, pictures or settings that cannot be used.
+        ValueError: Both or neither of `max_steps` and `num_epochs`, a number that is not above 0, pictures or settings
+            that cannot be used.
     """
     recipe = recipe or FinetuneRecipe()
     if (max_steps is None) == (num_epochs is None):
         raise ValueError(f"max_steps is {max_steps} and num_epochs {num_epochs}; give one of them.")
+    check_duration(max_steps=max_steps, num_epochs=num_epochs, sample_every=sample_every, save_every=save_every)
     check_start(model, processor, output_dir, recipe, merge)
     set_seed(recipe.seed)
     encoded = encode_pictures(pictures, processor, Path(output_dir, "latents"))
@@ -297,7 +291,6 @@ def make_rows(
 __all__ = [
     "FinetuneRecipe",
     "add_adapters",
-    "check_lengths",
     "check_tokenizer",
     "finetune",
     "load_start",

@@ -43,6 +43,13 @@ DEMO_PROMPTS = (
 )
 
 
+def check_duration(**amounts: float | None) -> None:
+    """Raise a `ValueError` where a number of steps, epochs, minutes or rows is given and is not above 0."""
+    for name, value in amounts.items():
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"{name} is {value!r}; give a number above 0.")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of every recipe.
@@ -69,6 +76,13 @@ class Recipe:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what no later step would."""
+        check_duration(batch_size=self.batch_size)
+        for name in ("caption_first", "text_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a share, 0 to 1.")
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -206,6 +220,17 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **options: Any) -
     return TrainingArguments(**{**fields, **options})
 
 
+def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig) -> None:
+    """Raise a `ValueError` where a picture and its caption are longer than the model's rows may be."""
+    length, name = rows.longest()
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} and its caption take {length} positions, and the model has max_position_embeddings="
+            f"{config.max_position_embeddings}. Take smaller pictures (size of the image processor) or shorter "
+            "captions."
+        )
+
+
 def choose_attention(model: TransfusionForMultimodalGeneration) -> None:
     """Let `model` use what is fastest for rows of a few dozen positions.
 
@@ -276,6 +301,7 @@ def train_demo(
     """
     if (max_minutes is None) == (max_steps is None):
         raise ValueError(f"max_minutes is {max_minutes} and max_steps {max_steps}; give one of them.")
+    check_duration(max_minutes=max_minutes, max_steps=max_steps, sample_every=sample_every)
     recipe = recipe or DemoRecipe()
     set_seed(recipe.seed)
     processor = demo_processor(recipe.image_size)
@@ -286,6 +312,7 @@ def train_demo(
     if data is None:
         held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
     model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
+    check_lengths(train_rows, model.config)
     choose_attention(model)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, (0.9, recipe.adam_beta2))
     trainer = TransfusionTrainer(
@@ -315,6 +342,8 @@ __all__ = [
     "DemoRecipe",
     "Recipe",
     "add_sample_sheets",
+    "check_duration",
+    "check_lengths",
     "choose_attention",
     "demo_config",
     "demo_processor",
