@@ -29,7 +29,7 @@ HUB_FLOORS = (
         "layout",
         "model_card",
     ),
-    ("caching", "positions", "sharing"),
+    ("block_masks", "caching", "positions", "sharing"),
     (
         "attention",
         "chat",

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 
+from .block_masks import block_mask
 from .configuration import TransfusionConfig
 from .latents import image_block_ids
 
@@ -105,6 +106,10 @@ def transfusion_mask(
         block_ids = image_block_ids(image_mask.long(), 1)
         if past_key_values is not None:  # ids count from the first cached position
             block_ids = F.pad(block_ids, (past_key_values.get_seq_length(), 0), value=-1)
+    if config._attn_implementation == "flex_attention" and attention_mask is None and past_key_values is None:
+        rows = inputs_embeds.shape[:2]
+        documents = inputs_embeds.new_zeros(rows, dtype=torch.long) if document_ids is None else document_ids
+        return block_mask(documents, block_ids)
     same_document = None
     if document_ids is not None:
         if _takes_segments(config, inputs_embeds, attention_mask, training):

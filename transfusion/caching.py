@@ -6,7 +6,7 @@ Shapes: B rows, h key and value heads, K cached positions, q new ones, d head_di
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -67,6 +67,15 @@ class GrowingCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         self.layers: list[GrowingLayer] = [GrowingLayer() for _ in range(config.num_hidden_layers)]
+
+    @torch.compiler.disable
+    def append(self, key_states: Tensor, value_states: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """`update` for the layer of an attention `module`.
+
+        Out of the sight of compilers, which would take the number of the layer, and how full it is, for constants and
+        compile each layer anew.
+        """
+        return self.update(key_states, value_states, module.layer_idx)
 
 
 __all__ = ["GrowingCache", "GrowingLayer"]

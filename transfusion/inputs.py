@@ -3,7 +3,6 @@
 Shapes: B rows, L positions, N images of the whole batch in reading order, P patches of all of them, D patch_dim.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration import TransfusionConfig
-from .latents import begin_positions, image_block_ids, split_images
+from .latents import begin_positions, split_images
 
 
 # How the names begin under which other models take pictures.
@@ -130,14 +129,15 @@ def check_placeholders(config: TransfusionConfig, input_ids: Tensor, image_grids
     """Check that each run of placeholders in `input_ids` (B, L) has the length of its image, and the grid of the size
     token that begins it, if one does; ValueError otherwise.
     """
-    block_ids = image_block_ids((input_ids == config.image_token_id).long(), 1)
-    runs = [n for row in block_ids.tolist() for n in Counter(i for i in row if i >= 0).values()]
-    expected = image_grids.prod(dim=1).tolist()
-    if runs != expected:
+    is_patch = input_ids == config.image_token_id
+    is_first = is_patch & ~F.pad(is_patch, (1, 0))[:, :-1]
+    runs = torch.bincount(is_first.flatten().cumsum(dim=0)[is_patch.flatten()])[1:]
+    expected = image_grids.prod(dim=1)
+    if not torch.equal(runs, expected):
         raise ValueError(
-            f"input_ids holds {len(runs)} runs of image placeholders, of lengths {runs}; image_grids hold "
-            f"{len(expected)} images, of {expected} patches. Give each image as many placeholders as patches, in "
-            "reading order, and at least one other token between two images."
+            f"input_ids holds {len(runs)} runs of image placeholders, of lengths {runs.tolist()}; image_grids hold "
+            f"{len(expected)} images, of {expected.tolist()} patches. Give each image as many placeholders as "
+            "patches, in reading order, and at least one other token between two images."
         )
     if config.size_token_ids:
         _check_size_tokens(config, input_ids, image_grids)

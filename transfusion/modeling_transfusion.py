@@ -143,7 +143,9 @@ class TransfusionAttention(nn.Module):
             key = by_modality(key, modalities, self.k_norm, self.image_k_norm)
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            grows = hasattr(past_key_values, "append")
+            update = past_key_values.append if grows else past_key_values.update
+            key, value = update(key, value, self if grows else self.layer_idx)
         attention: Callable = segmented_attention_forward
         if not hasattr(attention_mask, "segments"):
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(

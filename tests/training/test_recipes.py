@@ -59,3 +59,16 @@ def test_captions_that_do_not_fit_are_refused_before_the_training(picture_folder
     (picture_folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "' + "word " * 2000 + '"}')
     with pytest.raises(ValueError, match="0.png and its caption take .* max_position_embeddings=1024"):
         train_demo(tmp_path, data=picture_folder, max_minutes=None, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("on_cuda", "packed", "expected"),
+    [(False, False, "eager"), (False, True, "sdpa"), (True, False, "flex_attention"), (True, True, "flex_attention")],
+)
+def test_attention_is_chosen_for_the_machine(
+    on_cuda: bool, packed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    model = tiny_model()
+    choose_attention(model, packed)
+    assert model.config._attn_implementation == expected

@@ -156,9 +156,7 @@ def for_training(
     model: TransfusionForMultimodalGeneration, workload: Training | None = None, compiled: bool = False
 ) -> TransfusionForMultimodalGeneration:
     """Choose attention as the trainings do, and compile the layers if asked."""
-    choose_attention(model)
-    if workload is not None and workload.packed_length is not None and model.device.type == "cpu":
-        model.set_attn_implementation("sdpa")  # which alone attends to packed documents piece by piece
+    choose_attention(model, packed=workload is not None and workload.packed_length is not None)
     if compiled:
         model.compile_layers()
     return model

@@ -231,13 +231,17 @@ def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig) -> None
         )
 
 
-def choose_attention(model: TransfusionForMultimodalGeneration) -> None:
-    """Let `model` use what is fastest for rows of a few dozen positions.
+def choose_attention(model: TransfusionForMultimodalGeneration, packed: bool = False) -> None:
+    """Let `model` use what is fastest where it is: in training, for short rows or for `packed` ones.
 
-    For them the fused kernel costs a CPU half as much again (docs/experiments.md).
+    On CUDA devices that is flex attention, which skips the blocks that the mask hides. On a CPU the fused kernel
+    attends to packed documents piece by piece; for rows of a few dozen positions it costs half as much again as
+    attention written out (docs/experiments.md).
     """
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")
+    if torch.cuda.is_available():
+        model.set_attn_implementation("flex_attention")
+    else:
+        model.set_attn_implementation("sdpa" if packed else "eager")
 
 
 def first_captions(pictures: Sequence[CaptionedPicture]) -> list[str]:
