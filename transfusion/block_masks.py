@@ -3,8 +3,6 @@
 Shapes: B rows, L positions, n blocks of `BLOCK_SIZE` positions in a row.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -16,56 +14,49 @@ from .latents import begin_positions
 BLOCK_SIZE = 128
 
 
-class _Spans(NamedTuple):
-    """The lowest and the highest number in each block of positions, both (B, n)."""
+def key_runs(document_ids: Tensor, block_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The run of keys that each position may look at, which is all that the Transfusion mask says: (first, end).
 
-    first: Tensor
-    last: Tensor
-
-    def meet(self) -> Tensor:
-        """(B, n, n), whether the ranges of two blocks have a number in common."""
-        return (self.first[:, :, None] <= self.last[:, None]) & (self.first[:, None] <= self.last[:, :, None])
-
-    def are_one(self) -> Tensor:
-        """(B, n, n), whether two blocks hold one number and no other."""
-        is_one = self.first == self.last
-        return is_one[:, :, None] & is_one[:, None] & (self.first[:, :, None] == self.first[:, None])
-
-
-def _spans(lowest: Tensor, highest: Tensor) -> _Spans:
-    low, high = (numbers.unflatten(1, (-1, BLOCK_SIZE)) for numbers in (lowest, highest))
-    return _Spans(low.amin(dim=2), high.amax(dim=2))
-
-
-def block_mask(document_ids: Tensor, block_ids: Tensor | None) -> BlockMask:
-    """The Transfusion mask of rows in which documents lie one after the other.
-
-    Two blocks whose ranges of documents do not meet see nothing of each other; two that lie in one document, or in one
-    image, see all or nothing; the others the kernel looks at pair by pair.
+    It begins with the document, and ends with the position itself or with its image.
 
     Args:
         document_ids: (B, L), which document a position belongs to.
         block_ids: (B, L), which image block it belongs to, -1 at text; or None where images are causal, like text.
+
+    Returns:
+        Two (B, L) of int32.
     """
-    documents = begin_positions(document_ids)  # numbers that rise, whatever those of the caller are
-    images = torch.full_like(document_ids, -1) if block_ids is None else block_ids
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    last = places
+    if block_ids is not None:
+        is_last = block_ids != pad(block_ids[:, 1:], (0, 1), value=-2)
+        # From the end: the next place at which a run of equal block ids ends.
+        ends = torch.where(is_last, places, document_ids.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+        last = torch.where(block_ids >= 0, ends, places)
+    return begin_positions(document_ids).to(torch.int32), (last + 1).to(torch.int32)
+
+
+def block_mask(document_ids: Tensor, block_ids: Tensor | None) -> BlockMask:
+    """The Transfusion mask of rows in which documents lie one after the other; arguments as for `key_runs`.
+
+    Of two blocks of positions the runs of the one tell whether it sees nothing, something or all of the other; where
+    it sees something, the kernel tries each pair, with two numbers for a query and none for a key.
+    """
+    first, end = key_runs(document_ids, block_ids)
 
     def may_look(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        is_same_image = (images[batch, query] >= 0) & (images[batch, query] == images[batch, key])
-        return (documents[batch, query] == documents[batch, key]) & ((key <= query) | is_same_image)
+        return (key >= first[batch, query]) & (key < end[batch, query])
 
     length = document_ids.shape[1]
-    rest = (0, -length % BLOCK_SIZE)
-    whole_documents, whole_images = pad(documents, rest, value=length), pad(images, rest, value=-1)
-    document_spans, image_spans = _spans(whole_documents, whole_documents), _spans(whole_images, whole_images)
-    patch_spans = _spans(whole_images.masked_fill(whole_images < 0, length), whole_images)  # text left out
-    places = torch.arange(document_spans.first.shape[1], device=documents.device)
-    is_before, is_diagonal = places[:, None] > places, places[:, None] == places
-    in_one_image = image_spans.are_one() & (image_spans.first >= 0)[:, :, None]
-    sees_all = document_spans.are_one() & (is_before | in_one_image)
-    sees_some = document_spans.meet() & (is_before | is_diagonal | patch_spans.meet()) & ~sees_all
+    missing = -length % BLOCK_SIZE
+    # Positions beyond the row see nothing, so that no block in which they stand sees all of another.
+    firsts = pad(first, (0, missing), value=length).unflatten(1, (-1, BLOCK_SIZE))
+    ends = pad(end, (0, missing), value=0).unflatten(1, (-1, BLOCK_SIZE))
+    keys = BLOCK_SIZE * torch.arange(firsts.shape[1], device=first.device)
+    sees_some = (keys < ends.amax(dim=2, keepdim=True)) & (keys + BLOCK_SIZE > firsts.amin(dim=2, keepdim=True))
+    sees_all = (keys >= firsts.amax(dim=2, keepdim=True)) & (keys + BLOCK_SIZE <= ends.amin(dim=2, keepdim=True))
     return BlockMask.from_kv_blocks(
-        *_as_lists(sees_some), *_as_lists(sees_all), BLOCK_SIZE, may_look, seq_lengths=(length, length)
+        *_as_lists(sees_some & ~sees_all), *_as_lists(sees_all), BLOCK_SIZE, may_look, seq_lengths=(length, length)
     )
 
 
@@ -76,4 +67,4 @@ def _as_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return counts[:, None], order[:, None].to(torch.int32)
 
 
-__all__ = ["BLOCK_SIZE", "block_mask"]
+__all__ = ["BLOCK_SIZE", "block_mask", "key_runs"]

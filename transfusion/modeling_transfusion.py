@@ -56,10 +56,9 @@ class TransfusionRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last axis of `hidden_states` (..., H)."""
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.float() if input_dtype != torch.float64 else hidden_states
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(input_dtype)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         """Show shape and eps in the model's repr."""

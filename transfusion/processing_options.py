@@ -34,6 +34,7 @@ class TransfusionImagesKwargs(TransfusionImageProcessorKwargs, total=False):
     disable_grouping: bool | None
 
 
+# trf-ignore: TRF019 - transformers 5.17 reads no defaults elsewhere
 class TransfusionProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """What a call of `TransfusionProcessor` takes beside texts and pictures, and beside `return_labels`.
 

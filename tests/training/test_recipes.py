@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from scripts.train import main, parse_args
+from tests.tiny import tiny_model
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
-from transfusion.training.recipes import DemoRecipe, demo_config, demo_processor, train_demo
+from transfusion.training.recipes import DemoRecipe, choose_attention, demo_config, demo_processor, train_demo
 
 
 def test_demo_on_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> None:
