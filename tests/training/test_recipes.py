@@ -64,13 +64,13 @@ def test_captions_that_do_not_fit_are_refused_before_the_training(picture_folder
 
 
 @pytest.mark.parametrize(
-    ("on_cuda", "packed", "expected"),
-    [(False, False, "eager"), (False, True, "sdpa"), (True, False, "flex_attention"), (True, True, "flex_attention")],
+    ("on_cuda", "longest", "expected"),
+    [(False, 35, "eager"), (False, 311, "sdpa"), (True, 35, "flex_attention"), (True, 8192, "flex_attention")],
 )
 def test_attention_is_chosen_for_the_machine(
-    on_cuda: bool, packed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    on_cuda: bool, longest: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
     model = tiny_model()
-    choose_attention(model, packed)
+    choose_attention(model, longest)
     assert model.config._attn_implementation == expected

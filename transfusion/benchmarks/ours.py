@@ -156,7 +156,7 @@ def for_training(
     model: TransfusionForMultimodalGeneration, workload: Training | None = None, compiled: bool = False
 ) -> TransfusionForMultimodalGeneration:
     """Choose attention as the trainings do, and compile the layers if asked."""
-    choose_attention(model, packed=workload is not None and workload.packed_length is not None)
+    choose_attention(model, workload.longest if workload is not None else model.config.max_position_embeddings)
     if compiled:
         model.compile_layers()
     return model

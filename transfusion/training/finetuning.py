@@ -213,7 +213,7 @@ def finetune(
     encoded = encode_pictures(pictures, processor, Path(output_dir, "latents"))
     train_rows, eval_rows = make_rows(encoded, processor, recipe)
     check_lengths(train_rows, model.config)
-    choose_attention(model)
+    choose_attention(model, train_rows.longest()[0])
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trained = model if recipe.lora_rank is None else add_adapters(model, recipe)

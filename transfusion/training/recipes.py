@@ -231,17 +231,21 @@ def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig) -> None
         )
 
 
-def choose_attention(model: TransfusionForMultimodalGeneration, packed: bool = False) -> None:
-    """Let `model` use what is fastest where it is: in training, for short rows or for `packed` ones.
+# Up to so many positions a CPU attends faster by plain matrix products than by the fused kernel.
+SHORT_ROW = 128
 
-    On CUDA devices that is flex attention, which skips the blocks that the mask hides. On a CPU the fused kernel
-    attends to packed documents piece by piece; for rows of a few dozen positions it costs half as much again as
-    attention written out (docs/experiments.md).
+
+def choose_attention(model: TransfusionForMultimodalGeneration, longest: int) -> None:
+    """Let `model` use what is fastest in training where it is, for rows of up to `longest` positions.
+
+    On CUDA devices that is flex attention, which skips the blocks that the mask hides. On a CPU the fused kernel costs
+    half as much again as attention written out where rows have a few dozen positions (docs/experiments.md), and less
+    where they are long or packed.
     """
     if torch.cuda.is_available():
         model.set_attn_implementation("flex_attention")
     else:
-        model.set_attn_implementation("sdpa" if packed else "eager")
+        model.set_attn_implementation("eager" if longest <= SHORT_ROW else "sdpa")
 
 
 def first_captions(pictures: Sequence[CaptionedPicture]) -> list[str]:
@@ -317,7 +321,7 @@ def train_demo(
         held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
     model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
     check_lengths(train_rows, model.config)
-    choose_attention(model)
+    choose_attention(model, train_rows.longest()[0])
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, (0.9, recipe.adam_beta2))
     trainer = TransfusionTrainer(
         model,
