@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import make_batch, tiny_model
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
-from transfusion.training.optimizers import MuonAdamW
+from transfusion.training.optimizers import MuonAdamW, orthogonalize
 
 
 def take_steps(model: TransfusionForMultimodalGeneration, optimizer: MuonAdamW, count: int, seed: int = 0) -> None:
@@ -85,3 +85,27 @@ def test_schedulers_reach_both_and_state_comes_back() -> None:
         take_steps(network, part, 2, seed=10)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, twin.get_parameter(name))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_orthogonalizing_is_the_polynomial_of_the_singular_values(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.square().sum().sqrt()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = left @ values.diag() @ right
+    torch.testing.assert_close(orthogonalize(matrix, torch.float64), expected, atol=1e-12, rtol=1e-10)
+    assert 0.3 < values.min() and values.max() < 1.3
+
+
+def test_nothing_to_orthogonalize_stays_nothing() -> None:
+    assert not orthogonalize(torch.zeros(3, 4), torch.float32).any()
+
+
+def test_muon_in_float32_is_muon_in_bfloat16_but_for_rounding() -> None:
+    models = [tiny_model().float().train() for _ in range(2)]
+    for model, dtype in zip(models, (torch.float32, torch.bfloat16), strict=True):
+        take_steps(model, MuonAdamW(model, lr=0.01, weight_decay=0.1, dtype=dtype), 1)
+    for name, parameter in models[0].named_parameters():
+        torch.testing.assert_close(parameter, models[1].get_parameter(name), atol=1e-3, rtol=0)

@@ -322,7 +322,9 @@ def train_demo(
     model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
     check_lengths(train_rows, model.config)
     choose_attention(model, train_rows.longest()[0])
-    optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, (0.9, recipe.adam_beta2))
+    dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
+    betas = (0.9, recipe.adam_beta2)
+    optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, betas, dtype=dtype)
     trainer = TransfusionTrainer(
         model,
         training_arguments(recipe, output_dir, max_steps=-1 if max_steps is None else max_steps),
