@@ -215,6 +215,8 @@ def test_rows_that_are_too_long_are_refused() -> None:
     check_lengths(rows, tiny_config(max_position_embeddings=length))
     with pytest.raises(ValueError, match=f"long.png and its caption take {length} positions"):
         check_lengths(rows, tiny_config(max_position_embeddings=length - 1))
+    with pytest.raises(ValueError, match=f"packed_length={length - 1}; raise it"):
+        check_lengths(rows, tiny_config(max_position_embeddings=length), packed_length=length - 1)
 
 
 def _long_rows() -> tuple:

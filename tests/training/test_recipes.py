@@ -14,6 +14,7 @@ def test_demo_on_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> N
     """The command writes a model and a processor that load and draw; nothing of it is a pickle."""
     out = tmp_path / "run"
     options = ["--max_steps", "3", "--batch_size", "4", "--num_inference_steps", "2", "--image_size", "32", "--bf16"]
+    options += ["--packed_length", "64"]
     main(
         parse_args(["demo", "--output_dir", str(out), "--data", str(picture_folder), "--sample_every", "2", *options])
     )

@@ -18,7 +18,6 @@ from ..data.pictures import CaptionedPicture
 from ..image_processing import TransfusionImageProcessor
 from ..modeling_transfusion import TransfusionForMultimodalGeneration
 from ..processing import TransfusionProcessor
-from .collator import TransfusionDataCollator
 from .latent_cache import EncodedPictures, encode_pictures
 from .recipes import (
     Recipe,
@@ -27,6 +26,7 @@ from .recipes import (
     check_lengths,
     choose_attention,
     first_captions,
+    make_collator,
     save_training,
     training_arguments,
 )
@@ -212,8 +212,8 @@ def finetune(
     set_seed(recipe.seed)
     encoded = encode_pictures(pictures, processor, Path(output_dir, "latents"))
     train_rows, eval_rows = make_rows(encoded, processor, recipe)
-    check_lengths(train_rows, model.config)
-    choose_attention(model, train_rows.longest()[0])
+    check_lengths(train_rows, model.config, recipe.packed_length)
+    choose_attention(model, recipe.packed_length or train_rows.longest()[0])
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trained = model if recipe.lora_rank is None else add_adapters(model, recipe)
@@ -222,7 +222,7 @@ def finetune(
     trainer = TransfusionTrainer(
         trained,
         finetune_arguments(recipe, output_dir, save_every, **length, **evaluation),
-        TransfusionDataCollator(model.config, text_dropout=recipe.text_dropout),
+        make_collator(model, recipe),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -62,6 +62,8 @@ class Recipe:
         caption_first: Share of the pictures that come after their caption.
         text_dropout: Share of the captions that are hidden, for guidance.
         bf16: Compute in bfloat16; by default where that measures faster.
+        packed_length: Lay the rows of a batch one after the other, up to so many tokens, without padding; worth it
+            where their lengths differ much.
         num_inference_steps, guidance_scale: Of the sample sheets; by default those of the model.
         seed: Of everything.
     """
@@ -73,6 +75,7 @@ class Recipe:
     caption_first: float = 0.7
     text_dropout: float = 0.1
     bf16: bool | None = None
+    packed_length: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
@@ -220,9 +223,14 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, **options: Any) -
     return TrainingArguments(**{**fields, **options})
 
 
-def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig) -> None:
-    """Raise a `ValueError` where a picture and its caption are longer than the model's rows may be."""
+def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig, packed_length: int | None = None) -> None:
+    """Raise a `ValueError` where a picture and its caption are longer than rows, or packed ones, may be."""
     length, name = rows.longest()
+    if packed_length is not None and length > packed_length:
+        raise ValueError(
+            f"{name} and its caption take {length} positions, and packed_length={packed_length}; raise it, as no "
+            "picture is cut."
+        )
     if length > config.max_position_embeddings:
         raise ValueError(
             f"{name} and its caption take {length} positions, and the model has max_position_embeddings="
@@ -233,6 +241,11 @@ def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig) -> None
 
 # Up to so many positions a CPU attends faster by plain matrix products than by the fused kernel.
 SHORT_ROW = 128
+
+
+def make_collator(model: TransfusionForMultimodalGeneration, recipe: Recipe) -> TransfusionDataCollator:
+    """The collator of `recipe`."""
+    return TransfusionDataCollator(model.config, recipe.text_dropout, recipe.packed_length)
 
 
 def choose_attention(model: TransfusionForMultimodalGeneration, longest: int) -> None:
@@ -320,15 +333,15 @@ def train_demo(
     if data is None:
         held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
     model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
-    check_lengths(train_rows, model.config)
-    choose_attention(model, train_rows.longest()[0])
+    check_lengths(train_rows, model.config, recipe.packed_length)
+    choose_attention(model, recipe.packed_length or train_rows.longest()[0])
     dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
     betas = (0.9, recipe.adam_beta2)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, betas, dtype=dtype)
     trainer = TransfusionTrainer(
         model,
         training_arguments(recipe, output_dir, max_steps=-1 if max_steps is None else max_steps),
-        TransfusionDataCollator(model.config, text_dropout=recipe.text_dropout),
+        make_collator(model, recipe),
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=processor,
@@ -359,6 +372,7 @@ __all__ = [
     "demo_processor",
     "demo_rows",
     "first_captions",
+    "make_collator",
     "save_training",
     "short_texts",
     "train_demo",
