@@ -79,3 +79,12 @@ def test_the_pipeline_takes_a_guidance_interval() -> None:
         for scale, interval in ((5.0, None), (1.0, None), (5.0, (1.0, 1.0)))
     )
     assert not torch.equal(always, never) and not torch.equal(first, never) and not torch.equal(first, always)
+
+
+@pytest.mark.parametrize(
+    "options", [{"skip_logits": True}, {"patch_repeats": 2}, {"timesteps": torch.tensor([5.0])}], ids=str
+)
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_what_only_forward_reads_is_refused(options: dict[str, Any], mode: str) -> None:
+    with pytest.raises(ValueError, match="can be given to the model's forward alone"):
+        tiny_model().generate(torch.tensor([[5, 6]]), generation_mode=mode, **options)

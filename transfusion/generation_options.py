@@ -70,8 +70,16 @@ INSTEAD = {
 }
 
 
+# What only `forward` reads; a decoding step would be another with them.
+OF_FORWARD = ("document_ids", "image_loss_mask", "patch_repeats", "skip_logits", "timesteps")
+
+
 def refuse_foreign_names(options: dict[str, Any]) -> None:
-    """Raise a ValueError where `options` have a name of another library, saying what it is called here."""
+    """Raise a ValueError where `options` have a name of another library, saying what it is called here, or of
+    `forward`.
+    """
+    if given := [name for name in OF_FORWARD if options.get(name) is not None]:
+        raise ValueError(f"{', '.join(given)} can be given to the model's forward alone; leave it out.")
     for name, ours in INSTEAD.items():
         if options.get(name) is not None:
             raise ValueError(f"{name} is unknown to this model's generate; give {ours}.")
