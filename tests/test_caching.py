@@ -81,3 +81,15 @@ def test_gradients_reach_the_cached_states() -> None:
 def test_a_cache_has_a_layer_for_each_of_the_model() -> None:
     cache = GrowingCache(tiny_config())
     assert [type(layer) for layer in cache.layers] == [GrowingLayer] * 2
+
+
+def test_what_inference_mode_cached_goes_on_outside_of_it() -> None:
+    layers = both_layers()
+    for layer in layers:
+        with torch.inference_mode():
+            layer.update(*new_states(3, 0))
+        with torch.no_grad():
+            layer.update(*new_states(1, 1))
+        with torch.inference_mode():
+            layer.update(*new_states(1, 2))
+    assert torch.equal(layers[0].keys, layers[1].keys) and torch.equal(layers[0].values, layers[1].values)

@@ -45,10 +45,14 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, length: int) -> bool:
-        """Whether the rooms hold what this layer holds now, and are long enough."""
+        """Whether the rooms hold what this layer holds now, are long enough, and may be written to."""
         held = (self.keys, self.values)
+        is_inference = torch.is_inference_mode_enabled()
         return bool(self.rooms) and all(
-            room.shape[-2] >= length and room.data_ptr() == old.data_ptr() and room.shape[:2] == old.shape[:2]
+            room.shape[-2] >= length
+            and room.data_ptr() == old.data_ptr()
+            and room.shape[:2] == old.shape[:2]
+            and (is_inference or not room.is_inference())  # what inference mode made is read-only outside of it
             for room, old in zip(self.rooms, held, strict=True)
         )
 
