@@ -306,7 +306,7 @@ def test_a_recorded_step_is_replayed_with_new_inputs(monkeypatch: pytest.MonkeyP
 
     output = torch.zeros(3)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
     step = StepGraph(function)
     results = [step(torch.full((3,), float(x)), torch.full((3,), 2.0)) for x in range(4)]
     assert calls == ["run", "run", "replay", "replay", "replay"]
@@ -315,6 +315,22 @@ def test_a_recorded_step_is_replayed_with_new_inputs(monkeypatch: pytest.MonkeyP
 
 def test_a_step_is_recorded_where_that_can_work() -> None:
     assert not can_capture(tiny_model())  # on the CPU
+
+
+def test_no_step_is_recorded_that_reads_values_or_moves_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the thinnest seam, as there is no CUDA device: the model says that it is on one."""
+    monkeypatch.setattr(type(tiny_model()), "device", torch.device("cuda"))
+    assert can_capture(tiny_model())
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not can_capture(tiny_model(rope_parameters=rope))
+    assert not can_capture(tiny_model(patch_codec="unet"))
+    for name in ("_hf_hook", "_diffusers_hook"):
+        model = tiny_model()
+        setattr(model.model.layers[1], name, object())
+        assert not can_capture(model)
+    model = tiny_model()
+    model.is_quantized = True
+    assert not can_capture(model)
 
 
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])

@@ -118,7 +118,7 @@ class StepGraph:
             held.copy_(new)
         if self.recorded is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on meanwhile
                 output = self.function(*self.inputs)
             self.recorded = graph, output
         graph, output = self.recorded
@@ -127,11 +127,14 @@ class StepGraph:
 
 
 def can_capture(model: Any) -> bool:
-    """Whether a step of `model` can be recorded: all of it on one CUDA device, without hooks, and without a codec that
-    reads grids on the host.
+    """Whether a step of `model` can be recorded: all of it on one CUDA device, without the hooks of offloading, and
+    without what reads values on the host: grids, positions, or outliers of quantized layers.
     """
-    has_hooks = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return model.device.type == "cuda" and not has_hooks and model.config.patch_codec != "unet"
+    hooks = ("_hf_hook", "_diffusers_hook")
+    has_hooks = any(hasattr(module, hook) for module in model.modules() for hook in hooks)
+    is_dynamic = "dynamic" in model.model.rotary_emb.rope_type
+    reads_values = model.config.patch_codec == "unet" or is_dynamic or getattr(model, "is_quantized", False)
+    return model.device.type == "cuda" and not has_hooks and not reads_values
 
 
 class SchedulerGroup:
