@@ -188,6 +188,9 @@ def segmented_attention(query: Tensor, key: Tensor, value: Tensor, mask: Segment
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if torch.is_autocast_enabled(query.device.type):  # which knows the public function, and not the kernel behind it
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return _SegmentedAttention.apply(query, key, value, mask, scaling)
     output = _zeros_for(query, value)

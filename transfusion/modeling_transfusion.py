@@ -632,6 +632,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         if shift_labels is not None:
             labels = F.pad(shift_labels, (1, 0))
             input_ids = None if input_ids is None else F.pad(input_ids, (0, 1))
+            document_ids = None  # who shifts the labels leaves out those at borders
         targets = learned_labels(input_ids, labels, self.config, document_ids)
         hidden_states = hidden_states[:, : targets.shape[1]]
         if not torch.compiler.is_compiling():  # a compiled graph has no shape that depends on values

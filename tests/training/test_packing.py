@@ -165,3 +165,33 @@ def test_sample_names_move_with_their_rows() -> None:
     for row in packed["document_ids"].tolist():
         order += [document for place, document in enumerate(row) if document >= 0 and document not in row[:place]]
     assert packed["sample_ids"] == [f"sample-{document}" for document in order]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_train_under_autocast(attention: str) -> None:
+    """Keys are rotated in float32 and values are bfloat16, with a cache or without."""
+    model = tiny_model(objective="flow", attn_implementation=attention).float()
+    _, packed = batches()
+    packed |= {name: packed[name].float() for name in ("latent_patches", "noise")}
+    exact = model(**packed, use_cache=False).loss
+    for use_cache in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**packed, use_cache=use_cache).loss
+        loss.backward()
+        torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+
+
+def test_shifted_labels_go_with_documents() -> None:
+    model = tiny_model(objective="flow")
+    _, packed = batches()
+    borders = packed["document_ids"][:, 1:] != packed["document_ids"][:, :-1]
+    shifted = torch.nn.functional.pad(packed["labels"][:, 1:].masked_fill(borders, -100), (0, 1), value=-100)
+    assert torch.equal(model(**packed, shift_labels=shifted).text_loss, model(**packed).text_loss)
+
+
+def test_padding_of_packed_rows_is_no_image() -> None:
+    config = tiny_config(image_token_id=0, pad_token_id=99)
+    rows = [{"input_ids": [5, 97, 0, 0, 98], "labels": [5, 97, 0, 0, 98], "image_grids": [[1, 2]]} for _ in range(3)]
+    rows = [{**row, "latent_patches": torch.zeros(2, 12)} for row in rows]
+    packed = TransfusionDataCollator(config, 0.0, packed_length=10)(rows)
+    assert packed["input_ids"].tolist()[1] == [5, 97, 0, 0, 98] + [99] * 5

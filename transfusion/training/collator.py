@@ -109,7 +109,7 @@ class TransfusionDataCollator:
         if self.packed_length is None:
             return batch
         assert self.config.image_token_id is not None  # the config fills it in
-        return pack(batch, self.packed_length, self.config.image_token_id)
+        return pack(batch, self.packed_length, self.config.image_token_id, self._pad_token_id())
 
     def _read(self, row: Mapping[str, Any], index: int) -> _Sample:
         """Check a row by itself and draw for it."""

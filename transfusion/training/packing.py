@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..latents import image_block_ids
 
 
-# By what padding is filled; `input_ids` are filled with what the unpacked batch has there.
+# By what padding is filled, beside the `input_ids`.
 FILLS = {"labels": -100, "document_ids": -1, "position_ids": 0}
 PER_IMAGE = ("image_grids", "image_loss_mask", "timesteps")
 PER_PATCH = ("latent_patches", "noise")
@@ -43,7 +43,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def pack(batch: Mapping[str, Any], capacity: int, image_token_id: int) -> dict[str, Any]:
+def pack(batch: Mapping[str, Any], capacity: int, image_token_id: int, pad_token_id: int) -> dict[str, Any]:
     """Lay the rows of a padded `batch` one after the other, in rows of at most `capacity` tokens.
 
     Documents keep their positions and their images and do not see each other. What the mask hides is left out: neither
@@ -53,6 +53,7 @@ def pack(batch: Mapping[str, Any], capacity: int, image_token_id: int) -> dict[s
         batch: `input_ids`, `attention_mask` and `labels` (B, L); with images, what lies flat per image and per patch.
         capacity: Tokens of the longest row that may come out.
         image_token_id: The placeholder of patches.
+        pad_token_id: What stands in `input_ids` behind shorter rows.
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `document_ids` (R, T); images in reading order of the new rows.
@@ -67,7 +68,7 @@ def pack(batch: Mapping[str, Any], capacity: int, image_token_id: int) -> dict[s
         "position_ids": positions,
         "document_ids": documents,
     }
-    fills = {"input_ids": int(batch["input_ids"][~visible][0]) if not visible.all() else 0, **FILLS}
+    fills = {"input_ids": pad_token_id, **FILLS}
     packed: dict[str, Any] = {
         name: pad_sequence(
             [torch.cat([values[row][visible[row]] for row in rows]) for rows in bins], True, fills[name]
