@@ -79,3 +79,17 @@ def test_hidden_tokens_leave_a_gap_in_the_positions() -> None:
     batch["attention_mask"][0, :-1] = visible[0].long()
     assert torch.allclose(next_logits(context, [40]), model(**batch).logits[:, -1].float(), atol=1e-6)
     assert context.attention_mask.shape[1] == visible[0].sum() + 1
+
+
+def test_layers_that_keep_nothing_are_refused() -> None:
+    model, prompt = tiny_model(), torch.tensor([[5, 6, 7]])
+    model.gradient_checkpointing_enable()
+    expected = model.generate_images(prompt, num_inference_steps=1, latents=torch.zeros(6, 12)).latent_patches
+    model.train()
+    with pytest.raises(ValueError, match=r"gradient checkpointing.*call model.eval\(\)"):
+        model.generate_images(prompt, num_inference_steps=1)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model.generate(prompt, generation_mode="interleaved", max_new_tokens=2)
+    model.gradient_checkpointing_disable()
+    drawn = model.generate_images(prompt, num_inference_steps=1, latents=torch.zeros(6, 12)).latent_patches
+    assert torch.equal(drawn, expected)

@@ -99,7 +99,15 @@ class Context:
 
         `visible` (L,) of each says which of its tokens may be looked at; the others are not run, and leave a gap in
         the positions.
+
+        Raises:
+            ValueError: A model that keeps no keys and values, for gradient checkpointing.
         """
+        if model.training and model.model.gradient_checkpointing:
+            raise ValueError(
+                "The model is in training mode with gradient checkpointing, in which its layers keep no keys and "
+                "values to go on from; call model.eval() first."
+            )
         if visible is None:
             visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
         device = model.device
