@@ -536,6 +536,9 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
             image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
+        if document_ids is None and input_ids is not None and position_ids is not None and past_key_values is None:
+            is_patch = self.model.get_image_mask(input_ids, None)
+            document_ids = packed_documents(position_ids.expand(input_ids.shape), is_patch)
         images = logits = image_prediction = text_loss = image_loss = loss = None
         if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
             if timesteps is None:

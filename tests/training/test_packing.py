@@ -195,3 +195,15 @@ def test_padding_of_packed_rows_is_no_image() -> None:
     rows = [{**row, "latent_patches": torch.zeros(2, 12)} for row in rows]
     packed = TransfusionDataCollator(config, 0.0, packed_length=10)(rows)
     assert packed["input_ids"].tolist()[1] == [5, 97, 0, 0, 98] + [99] * 5
+
+
+def test_documents_that_only_positions_tell_apart_are_learned_alike() -> None:
+    model = tiny_model(objective="flow", timestep_density="uniform")
+    _, packed = batches()
+    packed["labels"] = packed["input_ids"].masked_fill(packed["document_ids"] < 0, -100)
+    packed = {name: value for name, value in packed.items() if name != "timesteps"}
+    losses = []
+    for batch in (packed, {name: value for name, value in packed.items() if name != "document_ids"}):
+        torch.manual_seed(0)
+        losses.append(model(**batch).loss)
+    assert torch.equal(*losses)
