@@ -536,9 +536,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             # Over no patch the codec still takes part, so that every process of a training has every gradient.
             latent_patches = torch.zeros(0, self.config.patch_dim, device=labels.device)
             image_grids = torch.zeros(0, 2, dtype=torch.long, device=labels.device)
-        if document_ids is None and input_ids is not None and position_ids is not None and past_key_values is None:
-            is_patch = self.model.get_image_mask(input_ids, None)
-            document_ids = packed_documents(position_ids.expand(input_ids.shape), is_patch)
+        document_ids = self._documents_of(document_ids, input_ids, position_ids, past_key_values)
         images = logits = image_prediction = text_loss = image_loss = loss = None
         if latent_patches is not None and image_grids is not None and (labels is not None or noise is not None):
             if timesteps is None:
@@ -589,6 +587,18 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _documents_of(
+        self,
+        document_ids: Tensor | None,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor | None:
+        """The given documents, or those that `position_ids` tell apart, for noise levels and labels as for the mask."""
+        if document_ids is not None or input_ids is None or position_ids is None or past_key_values is not None:
+            return document_ids
+        return packed_documents(position_ids.expand(input_ids.shape), input_ids == self.config.image_token_id)
 
     def _check(
         self,
