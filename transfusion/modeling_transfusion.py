@@ -595,7 +595,7 @@ class TransfusionForMultimodalGeneration(TransfusionPreTrainedModel, Transfusion
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> Tensor | None:
-        """The given documents, or those that `position_ids` tell apart, for noise levels and labels as for the mask."""
+        """The given documents, or those that `position_ids` tell apart: for noise levels and labels too."""
         if document_ids is not None or input_ids is None or position_ids is None or past_key_values is not None:
             return document_ids
         return packed_documents(position_ids.expand(input_ids.shape), input_ids == self.config.image_token_id)
