@@ -164,6 +164,22 @@ def test_training_compiles_without_timesteps_and_without_images(batch: dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_forward_that_is_one_graph_writes_and_draws() -> None:
+    model, prompt = tiny_model(objective="flow", eos_token_id=None), torch.tensor([[5, 6, 7]])
+
+    def run() -> list[Tensor]:
+        how = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+        written = model.generate(prompt, max_new_tokens=3, do_sample=False)
+        return [written, model.generate_images(prompt, **how).latent_patches]
+
+    expected = run()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    for given, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_unet_compiles_in_parts(batch: dict[str, Tensor]) -> None:

@@ -331,6 +331,11 @@ def test_no_step_is_recorded_that_reads_values_or_moves_weights(monkeypatch: pyt
     model = tiny_model()
     model.is_quantized = True
     assert not can_capture(model)
+    model = tiny_model()
+    model.compile_layers(backend="eager")
+    assert can_capture(model)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert not can_capture(model)
 
 
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])

@@ -82,4 +82,14 @@ class GrowingCache(DynamicCache):
         return self.update(key_states, value_states, module.layer_idx)
 
 
-__all__ = ["GrowingCache", "GrowingLayer"]
+def is_whole_graph(model: Any) -> bool:
+    """Whether the whole of `forward` is compiled, which may have to be one graph: nothing in it may hide then."""
+    return hasattr(model.forward, "_torchdynamo_orig_callable") or model._compiled_call_impl is not None
+
+
+def make_cache(model: Any) -> DynamicCache:
+    """An empty cache that `model` fills fast: one that grows in place, wherever the compiler need not see it."""
+    return DynamicCache(config=model.config) if is_whole_graph(model) else GrowingCache(model.config)
+
+
+__all__ = ["GrowingCache", "GrowingLayer", "is_whole_graph", "make_cache"]

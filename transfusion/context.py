@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .caching import GrowingCache
+from .caching import make_cache
 from .configuration import TransfusionConfig
 from .latents import split_images
 
@@ -112,7 +112,7 @@ class Context:
             visible = [torch.ones_like(document.input_ids, dtype=torch.bool) for document in documents]
         device = model.device
         lengths = torch.tensor([len(document.input_ids) for document in documents], device=device)
-        context = cls(model, GrowingCache(model.config), lengths.new_zeros(len(documents), 0), lengths)
+        context = cls(model, make_cache(model), lengths.new_zeros(len(documents), 0), lengths)
         seen = [document.input_ids[shown] for document, shown in zip(documents, visible, strict=True)]
         context._run(
             pad_left(seen, model.config.eoi_token_id),
@@ -153,7 +153,7 @@ class Context:
         columns = [self.attention_mask[row].nonzero().flatten() for row in rows]
         places = pad_left(columns, 0)
         is_token = pad_left([torch.ones_like(column) for column in columns], 0)
-        cache = GrowingCache(self.model.config)
+        cache = make_cache(self.model)
         for index, layer in enumerate(self.cache.layers):
             device = layer.keys.device
             at = chosen.to(device)[:, None], slice(None), places.to(device)
@@ -166,7 +166,7 @@ class Context:
         longest = max(context.attention_mask.shape[1] for context in contexts)
         missing = [longest - context.attention_mask.shape[1] for context in contexts]
         model = contexts[0].model
-        cache = GrowingCache(model.config)
+        cache = make_cache(model)
         for index in range(len(cache.layers)):
             layers = [context.cache.layers[index] for context in contexts]
             keys, values = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import cached_segments
+from .caching import is_whole_graph
 from .context import Context, Document, Grid, hide_text
 
 
@@ -70,7 +71,7 @@ class Denoiser:
             "position_ids": (context.lengths[:, None] + is_patch.cumsum(dim=1) - 1).clamp(min=0),
             "image_grids": torch.tensor(grids, device=device),
         }
-        if config._attn_implementation != "eager":
+        if config._attn_implementation != "eager" and not is_whole_graph(self.model):
             hidden = (context.attention_mask == 0).sum(dim=1).tolist()
             length = context.attention_mask.shape[1]
             keys = [(first, length + size) for first, size in zip(hidden, self.sizes, strict=True)]
@@ -127,14 +128,15 @@ class StepGraph:
 
 
 def can_capture(model: Any) -> bool:
-    """Whether a step of `model` can be recorded: all of it on one CUDA device, without the hooks of offloading, and
-    without what reads values on the host: grids, positions, or outliers of quantized layers.
+    """Whether a step of `model` can be recorded: all of it on one CUDA device, without the hooks of offloading,
+    compiled in parts alone, as a cache that does not grow in place moves, and without what reads values on the host:
+    grids, positions, or outliers of quantized layers.
     """
     hooks = ("_hf_hook", "_diffusers_hook")
     has_hooks = any(hasattr(module, hook) for module in model.modules() for hook in hooks)
     is_dynamic = "dynamic" in model.model.rotary_emb.rope_type
     reads_values = model.config.patch_codec == "unet" or is_dynamic or getattr(model, "is_quantized", False)
-    return model.device.type == "cuda" and not has_hooks and not reads_values
+    return model.device.type == "cuda" and not (has_hooks or reads_values or is_whole_graph(model))
 
 
 class SchedulerGroup:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from .caching import GrowingCache
+from .caching import make_cache
 from .configuration import TransfusionConfig
 from .context import Document, Grid, read_documents
 from .denoising import Drawing, StepCallback, draw_images, draw_noise
@@ -521,7 +521,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         is_plain = generation_config.cache_implementation in (None, "dynamic")
         if not is_given and is_plain and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
-            model_kwargs["past_key_values"] = GrowingCache(self.config)
+            model_kwargs["past_key_values"] = make_cache(self)
 
     def _get_logits_processor(
         self,
