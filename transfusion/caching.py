@@ -66,7 +66,10 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(DynamicCache):
-    """A `DynamicCache` of growing layers."""
+    """A `DynamicCache` of growing layers.
+
+    Whoever keeps `keys` of a layer, crops the cache and goes on sees them change; a deep copy does not.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)

@@ -274,7 +274,8 @@ class TransfusionPreTrainedModel(SharedModel, PreTrainedModel):
     def compile_layers(self, **options: Any) -> None:
         """Compile each decoder layer by itself, in place: all layers share one graph, which takes seconds to make.
 
-        `options` are those of `torch.compile`. Names of parameters, saving and loading stay as they are.
+        `options` are those of `torch.compile`; `fullgraph=True` is for trainings alone, as attention to a cache stays
+        outside of the graphs. Names of parameters, saving and loading stay as they are.
         """
         for module in self.modules():
             if type(module).__name__ == "TransfusionDecoderLayer":
