@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 import torch
 
@@ -7,15 +5,11 @@ from transfusion.benchmarks import gate, ours
 from transfusion.benchmarks.gate import Check, relative_error, require, run_gate
 from transfusion.benchmarks.reference import PlainTransfusion
 from transfusion.benchmarks.workloads import SIZES
-from transfusion.training.collator import TransfusionDataCollator
 
 
 TINY = SIZES["tiny"]
-PACKS = "packed_length" in {field.name for field in dataclasses.fields(TransfusionDataCollator)}
-needs_packing = pytest.mark.skipif(not PACKS, reason="the collator does not pack")
 
 
-@needs_packing
 def test_everything_holds() -> None:
     lines: list[str] = []
     checks = run_gate(TINY, say=lines.append)

@@ -103,8 +103,7 @@ def make_collator(
     config: TransfusionConfig, packed_length: int | None = None, text_dropout: float = TEXT_DROPOUT
 ) -> TransfusionDataCollator:
     """The collator, which packs rows to `packed_length` where it is given."""
-    packing: dict[str, Any] = {} if packed_length is None else {"packed_length": packed_length}
-    return TransfusionDataCollator(config, text_dropout=text_dropout, **packing)
+    return TransfusionDataCollator(config, text_dropout, packed_length)
 
 
 class TrainingStep:
