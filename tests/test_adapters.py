@@ -179,4 +179,5 @@ def test_pipeline_draws_with_an_adapted_and_with_a_merged_model() -> None:
         return pipe("a heart", num_inference_steps=2, generator=generator, output_type="latent").images
 
     drawn = draw(adapted.eval())
-    torch.testing.assert_close(draw(adapted.merge_and_unload()), drawn, atol=1e-5, rtol=0)
+    # Latents of about 3: merged weights differ by rounding, in proportion.
+    torch.testing.assert_close(draw(adapted.merge_and_unload()), drawn, atol=1e-5, rtol=1e-5)
