@@ -4,6 +4,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from tests.tiny import make_batch, tiny_model
@@ -113,7 +114,7 @@ LAYOUTS: list[list[int | tuple[int, int]]] = [
 ]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sdpa compiled"])
 @pytest.mark.parametrize(
     "overrides",
     [{}, SIZED, {"image_rope": "2d"}, {"image_attention": "causal"}, {"modality_experts": "all"}],
@@ -124,7 +125,10 @@ def test_after_any_images_a_mixed_batch_draws_what_slow_rows_draw(
 ) -> None:
     """Images before, between and after texts, of other sizes than the images that are drawn."""
     model = tiny_model(objective=objective, **overrides)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention.removesuffix(" compiled"))
+    if attention.endswith("compiled"):
+        torch.compiler.reset()
+        model.compile_layers(backend="eager")
     grids = [(2, 2), (1, 4), (3, 1), (1, 2)]
     batch = make_batch(LAYOUTS)
     documents = read_documents(**batch, config=model.config)
@@ -193,6 +197,21 @@ def test_the_prefix_is_run_once_and_never_changed() -> None:
     handle.remove()
     # The prompt, then five times the four patches alone; guidance takes one more row, of which all text is left out.
     assert shapes == [(1, 5)] + [(1, 4)] * 5 + [(1, 5), (1, 1)] + [(2, 4)] * 5
+
+
+def test_layers_that_are_compiled_share_one_whole_graph_of_a_step() -> None:
+    torch.compiler.reset()
+    graphs = torch._dynamo.testing.CompileCounter()
+    model = tiny_model(objective="flow", num_hidden_layers=12)  # more than Dynamo would compile one by one
+    prompts = [Document(torch.tensor([5, 6, 97])), Document(torch.tensor([97]))]
+    context = Context.read(model, prompts)
+    x, t = draw_noise([(2, 2)], seeded(0), 12, "cpu"), torch.tensor(300.0)
+    expected = Denoiser(context, [(2, 2)])(x, t)
+    model.compile_layers(backend=graphs)
+    with torch.no_grad():
+        predicted = Denoiser(context, [(2, 2)])(x, t)
+    assert graphs.frame_count == 1
+    torch.testing.assert_close(predicted, expected)
 
 
 def test_a_prediction_leaves_the_context_as_it_was() -> None:

@@ -3,7 +3,7 @@
 Shapes: B rows, h key and value heads, K cached positions, q new ones, d head_dim.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.rooms: list[Tensor] = []
+        self.views: list[Tensor] = []  # the keys and values that were made of them last
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `key_states` and `value_states` (B, h, q, d); return all."""
@@ -34,25 +35,29 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled():  # autograd forbids to write over what it has read
             return super().update(key_states, value_states, *args, **kwargs)
-        length = self.get_seq_length()
-        end = length + key_states.shape[-2]
+        length, count = self.get_seq_length(), key_states.shape[-2]
+        end = length + count
         if not self._has_room(end):
             pairs = ((self.keys, key_states), (self.values, value_states))
             self.rooms = [self._make_room(old, new, end) for old, new in pairs]
-        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
-            room[..., length:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        key_room, value_room = self.rooms
+        key_room.narrow(2, length, count).copy_(key_states)
+        value_room.narrow(2, length, count).copy_(value_states)
+        self.views = [key_room.narrow(2, 0, end), value_room.narrow(2, 0, end)]
+        self.keys, self.values = self.views
         return self.keys, self.values
 
     def _has_room(self, length: int) -> bool:
         """Whether the rooms hold what this layer holds now, are long enough, and may be written to."""
+        if not self.rooms or self.rooms[0].shape[2] < length:
+            return False
+        if self.rooms[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False  # what inference mode made is read-only outside of it
         held = (self.keys, self.values)
-        is_inference = torch.is_inference_mode_enabled()
-        return bool(self.rooms) and all(
-            room.shape[-2] >= length
-            and room.data_ptr() == old.data_ptr()
-            and room.shape[:2] == old.shape[:2]
-            and (is_inference or not room.is_inference())  # what inference mode made is read-only outside of it
+        if all(old is view for old, view in zip(held, self.views, strict=True)):
+            return True
+        return all(
+            room.data_ptr() == old.data_ptr() and room.shape[:2] == old.shape[:2]
             for room, old in zip(self.rooms, held, strict=True)
         )
 
@@ -85,6 +90,39 @@ class GrowingCache(DynamicCache):
         return self.update(key_states, value_states, module.layer_idx)
 
 
+class Prefix(NamedTuple):
+    """The keys and values (B, h, K, d) of one layer, which stay as they are: whatever comes after them is not kept."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Put `key_states` and `value_states` (B, h, q, d) behind them; return all."""
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+
+class FrozenCache:
+    """What a cache holds, for many runs after it. Compiled layers get the tensors of their `Prefix`, not the cache.
+
+    So one graph serves all layers, whole: it sees neither the number of a layer nor a cache that changes.
+    """
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.prefixes = [Prefix(layer.keys, layer.values) for layer in cache.layers]
+
+    def get_seq_length(self) -> int:
+        """K."""
+        return self.prefixes[0].keys.shape[2]
+
+    def crop(self, length: int) -> None:
+        """Nothing was added."""
+
+
+def has_compiled_layers(model: Any) -> bool:
+    """Whether `compile_layers` was called."""
+    return model.model.layers[0]._compiled_call_impl is not None
+
+
 def is_whole_graph(model: Any) -> bool:
     """Whether the whole of `forward` is compiled, which may have to be one graph: nothing in it may hide then."""
     return hasattr(model.forward, "_torchdynamo_orig_callable") or model._compiled_call_impl is not None
@@ -95,4 +133,12 @@ def make_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config) if is_whole_graph(model) else GrowingCache(model.config)
 
 
-__all__ = ["GrowingCache", "GrowingLayer", "is_whole_graph", "make_cache"]
+__all__ = [
+    "FrozenCache",
+    "GrowingCache",
+    "GrowingLayer",
+    "Prefix",
+    "has_compiled_layers",
+    "is_whole_graph",
+    "make_cache",
+]

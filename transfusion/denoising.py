@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import cached_segments
-from .caching import is_whole_graph
+from .caching import FrozenCache, has_compiled_layers, is_whole_graph
 from .context import Context, Document, Grid, hide_text
 
 
@@ -51,6 +51,8 @@ class Denoiser:
 
     Nothing but the noisy patches and the timestep changes from step to step, so all else is made here, once: the mask
     as segments, which the fused kernels compute without reading one, and on a CUDA device a graph of the whole step.
+    Layers that are compiled for a CPU take the prefix as tensors and a mask instead: what segments save is less than
+    what leaving the graph costs, twice a layer.
 
     Args:
         context: What stands before the images; its padding is on the left.
@@ -71,13 +73,25 @@ class Denoiser:
             "position_ids": (context.lengths[:, None] + is_patch.cumsum(dim=1) - 1).clamp(min=0),
             "image_grids": torch.tensor(grids, device=device),
         }
-        if config._attn_implementation != "eager" and not is_whole_graph(self.model):
+        if config._attn_implementation == "sdpa" and has_compiled_layers(self.model) and device.type == "cpu":
+            self.cache = FrozenCache(self.cache)
+            self.inputs["attention_mask"] = self._dense_mask()
+        elif config._attn_implementation != "eager" and not is_whole_graph(self.model):
             hidden = (context.attention_mask == 0).sum(dim=1).tolist()
             length = context.attention_mask.shape[1]
             keys = [(first, length + size) for first, size in zip(hidden, self.sizes, strict=True)]
             is_causal = config.image_attention == "causal"
             self.inputs["attention_mask"] = cached_segments(keys, self.sizes, is_causal)
         self.graph = StepGraph(self._predict) if can_capture(self.model) else self._predict
+
+    def _dense_mask(self) -> Tensor | None:
+        """(R * N, 1, 1 or n, K + n), the keys that a patch may look at; None where these are all."""
+        visible = self.inputs["attention_mask"].bool()
+        if self.model.config.image_attention == "causal":
+            length = visible.shape[1]
+            square = torch.ones(self.num_patches, length, dtype=torch.bool, device=visible.device)
+            return visible[:, None, None] & square.tril(length - self.num_patches)
+        return None if visible.all() else visible[:, None, None]
 
     def __call__(self, x_t: Sequence[Tensor], timestep: Tensor) -> list[Tensor]:
         """The prediction (n, D) for each document, of the N images `x_t` (n, D)."""

@@ -56,9 +56,11 @@ class TransfusionRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last axis of `hidden_states` (..., H)."""
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, eps=self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
+        dtype = hidden_states.dtype
+        if dtype.itemsize >= 4:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(dtype)
 
     def extra_repr(self) -> str:
         """Show shape and eps in the model's repr."""
@@ -104,6 +106,7 @@ class TransfusionAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.qk_norm = config.qk_norm
         query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
@@ -137,14 +140,15 @@ class TransfusionAttention(nn.Module):
         query = by_modality(hidden_states, modalities, self.q_proj, self.image_q_proj).view(head_shape)
         key = by_modality(hidden_states, modalities, self.k_proj, self.image_k_proj).view(head_shape)
         value = by_modality(hidden_states, modalities, self.v_proj, self.image_v_proj).view(head_shape).transpose(1, 2)
-        if self.config.qk_norm:
+        if self.qk_norm:
             query = by_modality(query, modalities, self.q_norm, self.image_q_norm)
             key = by_modality(key, modalities, self.k_norm, self.image_k_norm)
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if past_key_values is not None:
-            grows = hasattr(past_key_values, "append")
-            update = past_key_values.append if grows else past_key_values.update
-            key, value = update(key, value, self if grows else self.layer_idx)
+            if torch.compiler.is_compiling() and hasattr(past_key_values, "append"):
+                key, value = past_key_values.append(key, value, self)
+            else:
+                key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable = segmented_attention_forward
         if not hasattr(attention_mask, "segments"):
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -268,8 +272,14 @@ class TransfusionPreTrainedModel(SharedModel, PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Where inputs belong. Weights that are offloaded, to disk for example, are on no device until their turn."""
-        tensors = chain(self.parameters(), self.buffers())
-        return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("meta"))
+        tensors = (
+            tensor
+            for module in self.modules()
+            for tensor in chain(module._parameters.values(), module._buffers.values())
+        )
+        return next(
+            (tensor.device for tensor in tensors if tensor is not None and not tensor.is_meta), torch.device("meta")
+        )
 
     def compile_layers(self, **options: Any) -> None:
         """Compile each decoder layer by itself, in place: all layers share one graph, which takes seconds to make.
@@ -386,13 +396,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
+        prefixes = getattr(past_key_values, "prefixes", None)  # of a frozen cache
         # Assisted decoding by the model's own first layers names fewer in the config for a while.
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values if prefixes is None else prefixes[index],
                 modalities=modalities,
                 **kwargs,
             )
