@@ -396,14 +396,16 @@ class TransfusionModel(TransfusionPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
-        prefixes = getattr(past_key_values, "prefixes", None)  # of a frozen cache
+        caches = getattr(
+            past_key_values, "prefixes", [past_key_values] * len(self.layers)
+        )  # a frozen one has prefixes
         # Assisted decoding by the model's own first layers names fewer in the config for a while.
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for layer, cache in zip(self.layers[: self.config.num_hidden_layers], caches, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values if prefixes is None else prefixes[index],
+                past_key_values=cache,
                 modalities=modalities,
                 **kwargs,
             )

@@ -1,13 +1,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline
 
 from scripts.train import main, parse_args
-from tests.tiny import tiny_model
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
-from transfusion.training.recipes import DemoRecipe, choose_attention, demo_config, demo_processor, train_demo
+from transfusion.training.recipes import DemoRecipe, demo_config, demo_processor, train_demo
 
 
 def test_demo_on_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> None:
@@ -62,16 +60,3 @@ def test_captions_that_do_not_fit_are_refused_before_the_training(picture_folder
     (picture_folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "' + "word " * 2000 + '"}')
     with pytest.raises(ValueError, match="0.png and its caption take .* max_position_embeddings=1024"):
         train_demo(tmp_path, data=picture_folder, max_minutes=None, max_steps=1)
-
-
-@pytest.mark.parametrize(
-    ("on_cuda", "longest", "expected"),
-    [(False, 35, "eager"), (False, 311, "sdpa"), (True, 35, "flex_attention"), (True, 8192, "flex_attention")],
-)
-def test_attention_is_chosen_for_the_machine(
-    on_cuda: bool, longest: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
-    model = tiny_model()
-    choose_attention(model, longest)
-    assert model.config._attn_implementation == expected

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..configuration import TransfusionConfig
 from ..modeling_transfusion import TransfusionForMultimodalGeneration
 from ..training.collator import TransfusionDataCollator
-from ..training.recipes import choose_attention
+from ..training.speed import choose_attention
 from .workloads import (
     IMAGE,
     LATENT_CHANNELS,

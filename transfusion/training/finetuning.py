@@ -23,8 +23,7 @@ from .recipes import (
     Recipe,
     add_sample_sheets,
     check_duration,
-    check_lengths,
-    choose_attention,
+    choose_speed,
     first_captions,
     make_collator,
     save_training,
@@ -212,8 +211,7 @@ def finetune(
     set_seed(recipe.seed)
     encoded = encode_pictures(pictures, processor, Path(output_dir, "latents"))
     train_rows, eval_rows = make_rows(encoded, processor, recipe)
-    check_lengths(train_rows, model.config, recipe.packed_length)
-    choose_attention(model, recipe.packed_length or train_rows.longest()[0])
+    recipe = choose_speed(model, recipe, train_rows, max_steps=max_steps)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trained = model if recipe.lora_rank is None else add_adapters(model, recipe)

@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import logging
 import os
-import time
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -25,10 +24,13 @@ from .latent_cache import encode_pictures
 from .optimizers import MuonAdamW
 from .reporting import SampleGridCallback, plot_losses
 from .rows import CaptionedPictureRows
+from .speed import bf16_is_faster, choose_attention, choose_packing, compile_for_training, sample_lengths
 from .trainer import TransfusionTrainer
 
 
 logger = logging.getLogger(__name__)
+
+RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 DEMO_MINUTES = 12.0
 DEMO_PROMPTS = (
@@ -62,8 +64,9 @@ class Recipe:
         caption_first: Share of the pictures that come after their caption.
         text_dropout: Share of the captions that are hidden, for guidance.
         bf16: Compute in bfloat16; by default where that measures faster.
-        packed_length: Lay the rows of a batch one after the other, up to so many tokens, without padding; worth it
-            where their lengths differ much.
+        packed_length: Lay the rows of a batch one after the other, up to so many tokens, without padding; by default
+            all of a batch, where their lengths differ much; 0 never does.
+        compile: Compile the layers; by default on GPUs, and in long trainings where there is a C++ compiler.
         num_inference_steps, guidance_scale: Of the sample sheets; by default those of the model.
         seed: Of everything.
     """
@@ -76,6 +79,7 @@ class Recipe:
     text_dropout: float = 0.1
     bf16: bool | None = None
     packed_length: int | None = None
+    compile: bool | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
@@ -123,20 +127,6 @@ class DemoRecipe(Recipe):
     ema_decay: float = 0.999
     text_ratio: float = 0.25
     max_text_tokens: int = 28
-
-
-def bf16_is_faster() -> bool:
-    """Whether matrix products of the demo's size are faster in bfloat16 here: some processors only emulate it."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(1024, 256).to(dtype), torch.randn(256, 768).to(dtype)
-        times = []
-        for _ in range(12):
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return torch.cuda.is_available() or seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 def demo_processor(image_size: int = 64) -> TransfusionProcessor:
@@ -239,26 +229,35 @@ def check_lengths(rows: CaptionedPictureRows, config: TransfusionConfig, packed_
         )
 
 
-# Up to so many positions a CPU attends faster by plain matrix products than by the fused kernel.
-SHORT_ROW = 128
-
-
 def make_collator(model: TransfusionForMultimodalGeneration, recipe: Recipe) -> TransfusionDataCollator:
     """The collator of `recipe`."""
-    return TransfusionDataCollator(model.config, recipe.text_dropout, recipe.packed_length)
+    return TransfusionDataCollator(model.config, recipe.text_dropout, recipe.packed_length or None)
 
 
-def choose_attention(model: TransfusionForMultimodalGeneration, longest: int) -> None:
-    """Let `model` use what is fastest in training where it is, for rows of up to `longest` positions.
+def choose_speed(
+    model: TransfusionForMultimodalGeneration,
+    recipe: RecipeT,
+    rows: CaptionedPictureRows,
+    max_minutes: float | None = None,
+    max_steps: int | None = None,
+) -> RecipeT:
+    """Choose packing, attention and compilation, where `recipe` leaves them open, and set up `model`.
 
-    On CUDA devices that is flex attention, which skips the blocks that the mask hides. On a CPU the fused kernel costs
-    half as much again as attention written out where rows have a few dozen positions (docs/experiments.md), and less
-    where they are long or packed.
+    Returns:
+        `recipe` with what was chosen.
+
+    Raises:
+        ValueError: A picture and its caption are longer than rows, or packed ones, may be.
     """
-    if torch.cuda.is_available():
-        model.set_attn_implementation("flex_attention")
-    else:
-        model.set_attn_implementation("eager" if longest <= SHORT_ROW else "sdpa")
+    longest = rows.longest()[0]
+    packed_length = recipe.packed_length
+    if packed_length is None:
+        packed_length = choose_packing([*sample_lengths(rows), longest], recipe.batch_size)
+    recipe = dataclasses.replace(recipe, packed_length=packed_length or 0)
+    check_lengths(rows, model.config, packed_length or None)
+    choose_attention(model, packed_length or longest)
+    compile_for_training(model, recipe.compile, max_minutes, max_steps)
+    return recipe
 
 
 def first_captions(pictures: Sequence[CaptionedPicture]) -> list[str]:
@@ -333,8 +332,7 @@ def train_demo(
     if data is None:
         held_out = demo_rows(recipe, processor, load_emoji("held_out"), load_glosses("held_out"), cache)
     model = TransfusionForMultimodalGeneration(demo_config(processor, objective=recipe.objective))
-    check_lengths(train_rows, model.config, recipe.packed_length)
-    choose_attention(model, recipe.packed_length or train_rows.longest()[0])
+    recipe = choose_speed(model, recipe, train_rows, max_minutes, max_steps)
     dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
     betas = (0.9, recipe.adam_beta2)
     optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, betas, dtype=dtype)
@@ -367,7 +365,7 @@ __all__ = [
     "add_sample_sheets",
     "check_duration",
     "check_lengths",
-    "choose_attention",
+    "choose_speed",
     "demo_config",
     "demo_processor",
     "demo_rows",

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..processing import TransfusionProcessor
+from .speed import not_compiling
 
 
 _TITLE_HEIGHT = 16
@@ -126,7 +127,7 @@ class SampleGridCallback(TrainerCallback):
     def _draw(self, args: Any, state: Any, model: PreTrainedModel) -> None:
         if not state.is_world_process_zero:
             return
-        with self.weights():
+        with self.weights(), not_compiling():
             pictures = draw_pictures(model, self.processor, self.prompts, self.seed, **self.options)
         sheet = picture_grid(pictures, self.prompts)
         folder = Path(args.output_dir, "samples")

@@ -27,6 +27,7 @@ from ..sharing import prepare_card, share
 from .averaging import EmaCallback
 from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
 from .collator import IGNORE_INDEX, TransfusionDataCollator
+from .speed import not_compiling
 
 
 logger = logging.get_logger(__name__)
@@ -308,7 +309,7 @@ class TransfusionTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate with averaged weights and noise of its own; losses are means over all tokens and patches."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.averaged_weights(), torch.random.fork_rng(devices):
+        with self.averaged_weights(), not_compiling(), torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if output.metrics.get(f"{metric_key_prefix}_loss") is not None:
