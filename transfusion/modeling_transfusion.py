@@ -394,7 +394,6 @@ class TransfusionModel(TransfusionPreTrainedModel):
         mask_inputs = (attention_mask, past_key_values, image_mask, document_ids, self.training)
         mask = transfusion_mask(self.config, inputs_embeds, *mask_inputs)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-
         hidden_states = inputs_embeds
         caches = getattr(
             past_key_values, "prefixes", [past_key_values] * len(self.layers)
