@@ -356,8 +356,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             past_key_values: Cache of the positions before these.
             inputs_embeds: (B, L, H) in place of `input_ids`.
             latent_patches, image_grids: (P, D) as they are, noisy or clean; (N, 2), their rows and columns.
-            timesteps: (N,), clean (0) by default.
-            patch_repeats: How often the images stand in the batch, one set of rows after the other.
+            timesteps, patch_repeats: (N,), clean (0) by default; how often the images stand in the batch.
             use_cache: Whether to return the keys and values; `kwargs` are for the attention implementation.
 
         Returns `last_hidden_state` (B, L, H), the cache, and `patch_skips` for the patch decoder.
@@ -371,7 +370,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = count_positions(inputs_embeds, past_length, document_ids)
         if latent_patches is not None:
             if image_grids is None:
@@ -394,10 +393,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
         mask_inputs = (attention_mask, past_key_values, image_mask, document_ids, self.training)
         mask = transfusion_mask(self.config, inputs_embeds, *mask_inputs)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
         hidden_states = inputs_embeds
-        caches = getattr(
-            past_key_values, "prefixes", [past_key_values] * len(self.layers)
-        )  # a frozen one has prefixes
+        caches = getattr(past_key_values, "prefixes", [past_key_values] * len(self.layers))
         # Assisted decoding by the model's own first layers names fewer in the config for a while.
         for layer, cache in zip(self.layers[: self.config.num_hidden_layers], caches, strict=False):
             hidden_states = layer(
