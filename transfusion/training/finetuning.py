@@ -47,6 +47,7 @@ class FinetuneRecipe(Recipe):
     """Settings of a fine-tuning with AdamW, of all weights or of LoRA adapters.
 
     Attributes:
+        caption_first: Share of the pictures that come after their caption.
         learning_rate: By default 3e-4, and 3e-3 for adapters.
         ema_decay: Of averaged weights; none are kept without it.
         gradient_checkpointing: Compute activations again instead of keeping them: less memory, more time.
@@ -57,6 +58,7 @@ class FinetuneRecipe(Recipe):
     """
 
     batch_size: int = 10
+    caption_first: float = 0.7
     learning_rate: float | None = None
     ema_decay: float | None = None
     gradient_checkpointing: bool = False
@@ -85,7 +87,11 @@ def load_start(
 
 
 def start_from_text_model(
-    path: str | os.PathLike, image_size: int = 64, vae: str | os.PathLike | None = None, freeze_text: bool = False
+    path: str | os.PathLike,
+    image_size: int = 64,
+    vae: str | os.PathLike | None = None,
+    freeze_text: bool = False,
+    **overrides: Any,
 ) -> tuple[TransfusionForMultimodalGeneration, TransfusionProcessor]:
     """Make a model, in float32, that begins as a language model, and its processor.
 
@@ -97,6 +103,7 @@ def start_from_text_model(
         vae: A folder or Hub name with an autoencoder of diffusers in `vae/`; by default the one that ships with the
             package.
         freeze_text: Give pictures weights of their own and train only these.
+        overrides: Fields of the config.
 
     Raises:
         ValueError: A language model that ours cannot represent, a tokenizer without an end of text, no autoencoder.
@@ -106,12 +113,12 @@ def start_from_text_model(
     autoencoder = load_shipped_vae() if vae is None else load_vae(vae)
     if autoencoder is None:
         raise ValueError(f"{vae} has no folder vae; give the folder or Hub name in which it lies.")
-    fields = {name: PRESETS["demo"][name] for name in IMAGE_FIELDS}
+    fields = {name: PRESETS["demo"][name] for name in IMAGE_FIELDS} | overrides
     image_processor = TransfusionImageProcessor(size=image_size, patch_size=fields["patch_size"])
     processor = TransfusionProcessor(image_processor, tokenizer, autoencoder)
-    experts = "all" if freeze_text else None
+    fields.setdefault("modality_experts", "all" if freeze_text else None)
     model = TransfusionForMultimodalGeneration.from_text_model(
-        path, processor, freeze_text, modality_experts=experts, dtype=torch.float32, **fields
+        path, processor, freeze_text, dtype=torch.float32, **fields
     )
     return model, processor
 

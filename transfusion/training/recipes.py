@@ -61,7 +61,6 @@ class Recipe:
         weight_decay: Of weight matrices.
         max_grad_norm: Longer gradients are scaled down to it.
         warmup: Share of the training in which the learning rate rises; then it falls along a cosine.
-        caption_first: Share of the pictures that come after their caption.
         text_dropout: Share of the captions that are hidden, for guidance.
         bf16: Compute in bfloat16; by default where that measures faster.
         packed_length: Lay the rows of a batch one after the other, up to so many tokens, without padding; by default
@@ -75,7 +74,6 @@ class Recipe:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup: float = 0.03
-    caption_first: float = 0.7
     text_dropout: float = 0.1
     bf16: bool | None = None
     packed_length: int | None = None
@@ -88,7 +86,7 @@ class Recipe:
         """Check what no later step would."""
         check_duration(batch_size=self.batch_size)
         for name in ("caption_first", "text_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share, 0 to 1.")
 
     @classmethod
@@ -112,6 +110,7 @@ class DemoRecipe(Recipe):
     """Settings of the demo: the preset `demo` from scratch, on the shipped emoji and definitions.
 
     Attributes:
+        caption_first: Share of the pictures that come after their caption.
         image_size: Side of the pictures in pixels.
         objective: `"flow"` or `"ddpm"`.
         learning_rate, adam_beta2: Of Muon and AdamW.
@@ -120,6 +119,7 @@ class DemoRecipe(Recipe):
         max_text_tokens: Longer definitions are left out; beside short captions they would be mostly padding.
     """
 
+    caption_first: float = 0.7
     image_size: int = 64
     objective: str = "flow"
     learning_rate: float = 4e-3
@@ -138,8 +138,8 @@ def demo_processor(image_size: int = 64) -> TransfusionProcessor:
     return TransfusionProcessor(image_processor, tokenizer, load_vae())
 
 
-def demo_config(processor: TransfusionProcessor, **overrides: Any) -> TransfusionConfig:
-    """The preset `demo` with the ids, latents and picture size of `processor`; `overrides` replace fields."""
+def preset_config(processor: TransfusionProcessor, preset: str, **overrides: Any) -> TransfusionConfig:
+    """A preset with the ids, latents and picture size of `processor`; `overrides` replace fields."""
     side = processor.image_processor.size["height"] // processor.image_processor.block
     fields = dict(
         vocab_size=len(processor.tokenizer),
@@ -155,9 +155,14 @@ def demo_config(processor: TransfusionProcessor, **overrides: Any) -> Transfusio
         size_token_ids=processor.size_token_ids,
         default_image_grid=(side, side),
     )
-    config = TransfusionConfig.from_preset("demo", **{**fields, **overrides})
+    config = TransfusionConfig.from_preset(preset, **{**fields, **overrides})
     processor.check_model(config)
     return config
+
+
+def demo_config(processor: TransfusionProcessor, **overrides: Any) -> TransfusionConfig:
+    """The preset `demo`, likewise."""
+    return preset_config(processor, "demo", **overrides)
 
 
 def demo_rows(
@@ -371,6 +376,7 @@ __all__ = [
     "demo_rows",
     "first_captions",
     "make_collator",
+    "preset_config",
     "save_training",
     "short_texts",
     "train_demo",
