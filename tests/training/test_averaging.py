@@ -56,7 +56,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     for step in range(3):
         changed(model, step)
         averaged.update(model)
-    averaged.save(tmp_path)
+    averaged.snapshot()(tmp_path)
     loaded = AveragedWeights(tiny_model(), 0.9)
     loaded.load(tmp_path, num_averaged=3)
     changed(model, 9)

@@ -1,7 +1,7 @@
 """An exponential moving average of the weights, for drawing, evaluation and the final model."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, TrainerCallback
+
+from .states import host_copy
 
 
 EMA_FOLDER = "ema"
@@ -65,9 +67,10 @@ class AveragedWeights:
         finally:
             _swap(pairs)
 
-    def save(self, checkpoint: str | os.PathLike) -> None:
-        """Write the average to `ema/` in a checkpoint: safetensors, which `from_pretrained` reads."""
-        self.model.save_pretrained(Path(checkpoint, EMA_FOLDER))
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copy the average; what comes back writes it to `ema/` in a checkpoint, which `from_pretrained` reads."""
+        weights = host_copy(self.model.state_dict())
+        return lambda checkpoint: self.model.save_pretrained(checkpoint / EMA_FOLDER, state_dict=weights)
 
     def load(self, checkpoint: str | os.PathLike, num_averaged: int) -> None:
         """Take up the average of a checkpoint that was written after `num_averaged` updates.
@@ -92,12 +95,12 @@ def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 class EmaCallback(TrainerCallback):
-    """Keeps an average over the steps of a training, saves it beside each checkpoint and takes it up on resume."""
+    """Keeps an average over the steps of a training, and takes up that of a checkpoint."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.average: AveragedWeights | None = None
-        self.checkpoint: str | None = None  # where the training goes on from
+        self.checkpoint: Path | None = None  # where the training goes on from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin with the weights of the model, or with the average of the checkpoint."""
@@ -105,16 +108,12 @@ class EmaCallback(TrainerCallback):
         self.average.model.config.use_cache = True  # which Trainer turned off for training
         if self.checkpoint is not None:
             self.average.load(self.checkpoint, state.global_step)
+            self.checkpoint = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average in the new weights."""
         assert self.average is not None
         self.average.update(kwargs["model"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the average beside the checkpoint."""
-        if args.should_save and self.average is not None:
-            self.average.save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 __all__ = ["EMA_FOLDER", "AveragedWeights", "EmaCallback", "warmed_decay"]

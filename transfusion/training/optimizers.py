@@ -108,6 +108,11 @@ class MuonAdamW(torch.optim.Optimizer):
         # The groups are those of the two, so that a scheduler sets the learning rates where they are read.
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
+    @property
+    def parts(self) -> dict[str, torch.optim.Optimizer]:
+        """Both, by name."""
+        return {"muon": self.muon, "adamw": self.adamw}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with both."""

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..hyper_connections import is_undecayed_parameter
@@ -27,6 +27,7 @@ from ..sharing import prepare_card, share
 from .averaging import EmaCallback
 from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
 from .collator import IGNORE_INDEX, TransfusionDataCollator
+from .resuming import ResumingTrainer, Snapshot
 from .speed import not_compiling
 
 
@@ -78,7 +79,7 @@ class EpochCallback(TrainerCallback):
             dataset.set_epoch(int(state.epoch))
 
 
-class TransfusionTrainer(Trainer):
+class TransfusionTrainer(ResumingTrainer):
     """Trains a Transfusion model.
 
     Beyond transformers' Trainer:
@@ -93,9 +94,9 @@ class TransfusionTrainer(Trainer):
     * Evaluation draws the same noise each time, and leaves the random state of the training as it was.
     * `save_model` leaves a folder that transformers and diffusers load, if the processor is given as
       `processing_class`. Checkpoints hold the processor too, unless its VAE is larger than what is trained.
+    * Checkpoints are exact, whole or not there, and written beside the training, as `ResumingTrainer` says.
     * A saved model has `training_args.json` in place of the pickle `training_args.bin`, without paths (`output_dir`,
-      `logging_dir`, `run_name`, ...). Beside the model, checkpoints still hold the optimizer, the scheduler and the
-      random states as Trainer writes them, with `torch.save`.
+      `logging_dir`, `run_name`, ...). No pickle is written or read.
     * `push_to_hub` uploads what `save_model` writes and nothing else: no checkpoints, and no TensorBoard files, whose
       names hold that of this machine.
 
@@ -164,15 +165,17 @@ class TransfusionTrainer(Trainer):
             )
         if self.args.hub_token is not None:
             raise ValueError(
-                "hub_token would be uploaded in training_args.bin; use `hf auth login` or the variable HF_TOKEN."
+                "hub_token would lie in the arguments that are saved; use `hf auth login` or the variable HF_TOKEN."
             )
         if self.args.push_to_hub and self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"hub_strategy={self.args.hub_strategy.value!r} would upload checkpoints, which hold pickles and "
+                f"hub_strategy={self.args.hub_strategy.value!r} would upload checkpoints, which hold "
                 "paths; set 'end' or 'every_save'."
             )
         if self._ema is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("ema_decay needs whole weights in every process; set it to None with FSDP or DeepSpeed.")
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != SaveStrategy.NO:
+            raise ValueError("Checkpoints need whole weights; set save_strategy='no' with FSDP or DeepSpeed.")
         if self._ema is not None and self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end would leave the average of the last step; leave out one of them.")
         if self._budget is not None and (self.args.max_steps > 0 or self.args.warmup_steps >= 1):
@@ -192,13 +195,6 @@ class TransfusionTrainer(Trainer):
         if self._ema is None or self._ema.average is None:
             return nullcontext()
         return self._ema.average.swapped_into(self.model)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint (a folder, or True for the last one), as Trainer does."""
-        if self._ema is not None:
-            checkpoint = resume_from_checkpoint or None
-            self._ema.checkpoint = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        return super().train(resume_from_checkpoint, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that decay: neither norms and biases, nor static parameters of residual streams."""
@@ -232,7 +228,7 @@ class TransfusionTrainer(Trainer):
         if is_step:
             inputs["skip_logits"] = True
         outputs = model(**inputs)
-        self._require_finite(outputs, sample_ids)
+        self._require_finite(outputs, sample_ids, inputs.get("timesteps"))
         counts = count_targets(inputs, self.model.config)
         losses = torch.stack([outputs["text_loss"], outputs["image_loss"]]).float()
         loss = outputs["loss"]
@@ -245,12 +241,13 @@ class TransfusionTrainer(Trainer):
             self._eval_sums.add(losses, counts, counts)
         return (loss, outputs) if return_outputs else loss
 
-    def _require_finite(self, outputs: Any, sample_ids: list[str] | None) -> None:
+    def _require_finite(self, outputs: Any, sample_ids: list[str] | None, timesteps: Tensor | None) -> None:
         if not torch.isfinite(outputs["loss"]):
+            drawn = "" if timesteps is None else f", timesteps of images {timesteps.tolist()}"
             raise ValueError(
                 f"The loss is not finite at step {self.state.global_step + 1}: text {outputs['text_loss'].item()}, "
-                f"image {outputs['image_loss'].item()}, samples {sample_ids}. The weights are those of the step "
-                "before. Look at these samples; if they are sound, lower learning_rate or max_grad_norm."
+                f"image {outputs['image_loss'].item()}, samples {sample_ids}{drawn}. The weights are those of the "
+                "step before. Look at these samples; if they are sound, lower learning_rate or max_grad_norm."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -337,23 +334,10 @@ class TransfusionTrainer(Trainer):
     # -- saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor for transformers and diffusers; a checkpoint for going on with the training.
-
-        The model has its averaged weights, in a checkpoint those of the latest step.
-        """
-        output_dir = output_dir or self.args.output_dir
-        if not _internal_call or output_dir == self.args.output_dir:
-            self._save_final(output_dir)
-            if self.args.push_to_hub and not _internal_call:
-                self.push_to_hub("Model save", revision=self.args.hub_revision)
-        elif self._saves_processor():
-            super().save_model(output_dir, _internal_call)
-        else:
-            self.processing_class, processing_class = None, self.processing_class
-            try:
-                super().save_model(output_dir, _internal_call)
-            finally:
-                self.processing_class = processing_class
+        """Save model and processor for transformers and diffusers, with averaged weights if there are any."""
+        self._save_final(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def _save_final(self, folder: str) -> None:
         with self.averaged_weights():
@@ -367,7 +351,7 @@ class TransfusionTrainer(Trainer):
         """Whether checkpoints hold the processor: its VAE, if any, is not larger than what is trained."""
         vae = getattr(self.processing_class, "vae", None)  # a tokenizer has none
         if vae is None or sum(weight.numel() for weight in vae.parameters()) <= self.get_num_trainable_parameters():
-            return True
+            return self.processing_class is not None
         logger.warning_once(
             "Checkpoints are saved without the processor, whose VAE is larger than what is trained. To use one: "
             "TransfusionPipeline(AutoModel.from_pretrained(checkpoint), processor)."
@@ -391,8 +375,54 @@ class TransfusionTrainer(Trainer):
             else:
                 card.write_bytes(own_card)
             (folder / TRAINING_ARGS_NAME).unlink()
-            shared = {name: value for name, value in self.args.to_dict().items() if name not in PRIVATE_ARGUMENTS}
-            (folder / "training_args.json").write_text(json.dumps(shared, indent=2) + "\n", encoding="utf-8")
+            self._write_arguments(folder)
+
+    def _write_arguments(self, folder: Path) -> None:
+        shared = {name: value for name, value in self.args.to_dict().items() if name not in PRIVATE_ARGUMENTS}
+        (folder / "training_args.json").write_text(json.dumps(shared, indent=2) + "\n", encoding="utf-8")
+
+    # -- checkpoints
+
+    def _snapshot_model(self) -> Snapshot:
+        write_model = super()._snapshot_model()
+        if not self.args.should_save:
+            return write_model
+        processor = self.processing_class if self._saves_processor() else None
+        average = self._ema and self._ema.average
+        write_average = None if average is None else average.snapshot()
+
+        def write(folder: Path) -> None:
+            write_model(folder)
+            (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's has the path of the model
+            self._write_arguments(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            if write_average is not None:
+                write_average(folder)
+
+        return write
+
+    def _saved_config(self) -> Any:
+        config = super()._saved_config()
+        config.use_cache = self._use_cache  # Trainer turned it off, for training
+        return config
+
+    def _fingerprint(self) -> dict[str, Any]:
+        collator = self.data_collator
+        of_collator = {name: getattr(collator, name, None) for name in ("text_dropout", "packed_length")}
+        return super()._fingerprint() | of_collator | {"ema_decay": self._ema and self._ema.decay}
+
+    def _restore_model(self, folder: Path) -> None:
+        super()._restore_model(folder)
+        if self._ema is not None:
+            self._ema.checkpoint = folder
+
+    def _process_state(self) -> dict[str, Any]:
+        return super()._process_state() | {"loss_sums": self._train_sums.entries}
+
+    def _restore_process(self, state: dict[str, Any]) -> None:
+        super()._restore_process(state)
+        self._train_sums.entries = [entry.to(self.args.device) for entry in state["loss_sums"]]
 
     # -- sharing
 

@@ -1,0 +1,405 @@
+"""`ResumingTrainer`: Trainer with checkpoints from which a training goes on as if it had never stopped."""
+
+import copy
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .checkpoints import (
+    BackgroundWriter,
+    Processes,
+    clean_up,
+    find_complete,
+    require,
+    rotate,
+    verify,
+    write_checkpoint,
+)
+from .states import (
+    State,
+    host_copy,
+    optimizer_state,
+    random_states,
+    read_state,
+    restore_optimizer,
+    restore_random_states,
+)
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
+# Arguments on which the steps depend, apart from the length of the training.
+FIXED_ARGUMENTS = (
+    "world_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "seed",
+    "data_seed",
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+)
+# Of a config, what says where and by what it was made.
+VOLATILE = frozenset(
+    ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
+    + ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+)
+RESUME_REMEDY = "Resume from another checkpoint, or start anew without resuming."
+
+# Writes into the folder of a checkpoint what was copied when it was made.
+Snapshot = Callable[[Path], None]
+
+
+class EpochStart(TrainerCallback):
+    """Notes the random states at the start of an epoch, from which samplers and workers draw; resumed, sets them."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] | None = None
+        self.resumed: dict[str, Any] | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set or note them."""
+        if self.resumed is not None:
+            is_boundary = float(state.epoch).is_integer()
+            restore_random_states(self.resumed["random" if is_boundary else "epoch_random"], args.device)
+            self.resumed = None
+        self.states = random_states(args.device)
+
+
+class ResumingTrainer(Trainer):
+    """Trainer with exact checkpoints: a resumed training ends with the bits of one that never stopped.
+
+    A folder `checkpoint-N` holds safetensors and JSON: the model as `save_pretrained` writes it, the states of
+    optimizer, scheduler and random generators, the sums of losses not yet logged, the trainer's state with step and
+    epoch, and what must not change (`run.json`), with a hash of each file (`manifest.json`). No pickle is written, and
+    none is read.
+
+    * A checkpoint is whole or is not there. Those that are not as they were written are named and skipped.
+    * The training stops only for the copy to host memory; a thread writes, and an error of it stops the training at
+      the next step, or at its end.
+    * Resuming with other data, batches, processes or settings is refused; the length of the training may change.
+
+    The model and the optimizer are whole in the first process; `_snapshot_model`, `_restore_model`,
+    `_snapshot_optimizer` and `_restore_optimizer` are all that knows it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(model, args, *rest, **kwargs)
+        self._writer = BackgroundWriter()
+        self._processes: Processes | None = None
+        self._epoch_start = EpochStart()
+        self._resumed_process: dict[str, Any] = {}
+        self.add_callback(self._epoch_start)
+        if self.args.save_on_each_node:
+            raise ValueError("save_on_each_node=True: all processes write one checkpoint; set it to False.")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint: a folder, or True for the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: No such checkpoint, one that lacks something or is not as it was written, or settings that are
+                not those of the checkpoint.
+            OSError: A checkpoint could not be written.
+        """
+        folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        try:
+            return super().train(folder, **kwargs)
+        finally:
+            self._writer.wait()
+
+    def _checkpoint_to_resume(self, given: str | bool | None) -> str | None:
+        """The checkpoint that is meant, which the first process compares with its manifest."""
+        if given is None or given is False:
+            return None
+        found, error = torch.full((), -1), None
+        if self.args.process_index == 0:
+            try:
+                found.fill_(int(self._find_checkpoint(given).name.rpartition("-")[2]))
+            except ValueError as caught:
+                error = caught
+        if self.args.world_size > 1:
+            dist.broadcast(found := found.to(self.args.device), 0)
+        if error is not None:
+            raise error
+        if found < 0:
+            raise ValueError(f"The first process refused the checkpoint {given!r}; its own error says why.")
+        return str(Path(self.args.output_dir, f"checkpoint-{found}")) if given is True else str(given)
+
+    def _find_checkpoint(self, given: str | bool) -> Path:
+        if given is not True:
+            if not Path(given).is_dir():
+                raise ValueError(f"resume_from_checkpoint is {given!r}, where there is no folder.")
+            verify(Path(given))
+            return Path(given)
+        output_dir = Path(self.args.output_dir)
+        clean_up(output_dir)
+        if (found := find_complete(output_dir)) is None:
+            raise ValueError(f"{output_dir} has no complete checkpoint to resume from; start without.")
+        return found
+
+    # -- saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Copy all that a checkpoint holds, and let a thread write it."""
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        begin = time.perf_counter()
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        self._writer.wait()  # before what is to be written is copied: two copies would be in memory
+        snapshots = self._snapshots(folder)
+        blocked = time.perf_counter() - begin
+        processes, best = self._own_processes(), self.state.best_model_checkpoint
+        kept = {folder.name} | ({Path(best).name} if best else set())
+
+        def write() -> None:
+            write_checkpoint(folder, lambda draft: [snapshot(draft) for snapshot in snapshots], processes)
+            if processes.is_first:
+                rotate(folder.parent, self.args.save_total_limit, kept)
+                took = time.perf_counter() - begin
+                logger.info("%s: copied in %.0f ms, written in %.0f ms", folder, 1e3 * blocked, 1e3 * took)
+
+        self._writer.submit(write)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _own_processes(self) -> Processes:
+        if self._processes is None:
+            is_alone = self.args.world_size == 1
+            self._processes = Processes(None if is_alone else dist.new_group(backend="gloo"))
+        return self._processes
+
+    def _snapshots(self, folder: Path) -> list[Snapshot]:
+        """Copies of all that this process writes."""
+        snapshots = [self._snapshot_model()]
+        if not self.args.save_only_model:
+            process = State(self._process_state())
+            snapshots += [self._snapshot_optimizer(), lambda draft: process.write(draft, self._process_file())]
+        if self.args.should_save:
+            snapshots.append(self._snapshot_run(folder))
+        return snapshots
+
+    def _process_file(self) -> str:
+        return f"process-{self.args.process_index}"
+
+    def _process_state(self) -> dict[str, Any]:
+        """What each process has of its own."""
+        return {
+            "random": random_states(self.args.device),
+            "epoch_random": self._epoch_start.states,
+            "running_loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def _snapshot_run(self, folder: Path) -> Snapshot:
+        """The trainer's state, the scheduler's, the arguments, and what must not change."""
+        if self.state.best_global_step:
+            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best == folder or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        exported = [
+            each for each in [*self.callback_handler.callbacks, self.control] if isinstance(each, ExportableState)
+        ]
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=exported).stateful_callbacks
+        state, run = copy.deepcopy(self.state), self._run()
+        schedule = State({"scheduler": self.lr_scheduler.state_dict(), "scaler": self._scaler_state()})
+
+        def write(draft: Path) -> None:
+            state.save_to_json(str(draft / STATE_FILE))
+            (draft / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            if not self.args.save_only_model:
+                schedule.write(draft, "scheduler")
+
+        return write
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
+
+    def _snapshot_model(self) -> Snapshot:
+        if not self.args.should_save:
+            return lambda draft: None
+        model = self.accelerator.unwrap_model(self.model)
+        weights = host_copy(_saved_weights(model))
+        if isinstance(model, PreTrainedModel):
+            model = copy.copy(model)  # of which saving changes the config, while the original is trained
+            model.config = self._saved_config()
+        return lambda draft: model.save_pretrained(draft, state_dict=weights)
+
+    def _saved_config(self) -> Any:
+        return copy.deepcopy(self.accelerator.unwrap_model(self.model).config)
+
+    def _snapshot_optimizer(self) -> Snapshot:
+        if not self.args.should_save:
+            return lambda draft: None
+        state = State(optimizer_state(self._own_optimizer(), self.model))
+        return lambda draft: state.write(draft, "optimizer")
+
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's is around it
+
+    # -- what must not change
+
+    def _run(self) -> dict[str, Any]:
+        """What must not change, and the versions of packages."""
+        packages = (torch, transformers, accelerate, safetensors, np)
+        versions = {package.__name__: str(package.__version__) for package in packages}
+        versions |= {"python": platform.python_version()}
+        return {"fingerprint": self._fingerprint(), "steps": self.state.max_steps, "versions": versions}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """By name, what the steps depend on, as JSON has it."""
+        data: Any = self.train_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        found = {name: getattr(self.args, name) for name in FIXED_ARGUMENTS}
+        found |= {"optimizer": type(self._own_optimizer()).__name__} if self.optimizer is not None else {}
+        found["dataset length"] = len(data) if isinstance(data, Sized) else None
+        found["dataset fingerprint"] = getattr(data, "fingerprint", getattr(data, "_fingerprint", None))
+        found |= {"adapters": getattr(model, "peft_config", None)}
+        found |= {f"config.{name}": value for name, value in model.config.to_dict().items()}
+        return _as_json(found)
+
+    def _check_run(self, folder: Path) -> None:
+        """Compare this run with that of a checkpoint."""
+        saved = json.loads(require(folder, RUN_FILE, RESUME_REMEDY).read_text(encoding="utf-8"))
+        run = self._run()
+        was, now = saved["fingerprint"], run["fingerprint"]
+        names = sorted(name for name in was.keys() & now.keys() if was[name] != now[name])
+        if names:
+            changes = ", ".join(f"{name} was {was[name]!r} and is {now[name]!r}" for name in names)
+            raise ValueError(
+                f"{folder} is of another training: {changes}. Set that back, or start anew without resuming."
+            )
+        versions = saved["versions"]
+        if names := sorted(name for name, number in run["versions"].items() if versions.get(name) != number):
+            changes = ", ".join(f"{name} {versions.get(name)}, now {run['versions'][name]}" for name in names)
+            logger.warning("%s was written with %s: results may differ in the last bits.", folder, changes)
+
+    # -- resuming, at the places where Trainer does
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._check_run(folder)
+        for name in (STATE_FILE, "optimizer.json", "scheduler.json", f"{self._process_file()}.json"):
+            require(folder, name, RESUME_REMEDY)
+        self._restore_model(folder)
+
+    def _restore_model(self, folder: Path) -> None:
+        load_weights(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        self._restore_optimizer(Path(checkpoint))
+        schedule = read_state(Path(checkpoint), "scheduler")
+        self.lr_scheduler.load_state_dict(schedule["scheduler"])
+        if (scaler := self.accelerator.scaler) is not None:
+            scaler.load_state_dict(schedule["scaler"])
+        self._resumed_process = read_state(Path(checkpoint), self._process_file())
+        self._epoch_start.resumed = self._resumed_process
+
+    def _restore_optimizer(self, folder: Path) -> None:
+        restore_optimizer(self._own_optimizer(), self.model, read_state(folder, "optimizer"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """It came with the scheduler."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore what each process has of its own."""
+        if checkpoint is not None:
+            self._restore_process(self._resumed_process)
+
+    def _restore_process(self, state: dict[str, Any]) -> None:
+        self._tr_loss = state["running_loss"].to(self.args.device)
+        self._total_loss_scalar -= self._tr_loss.item()  # the mean at the end is over the steps of this call
+        self._globalstep_last_logged = state["last_logged"]
+        restore_random_states(state["random"], self.args.device)
+
+    def _load_best_model(self) -> None:
+        load_weights(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
+
+    # -- errors of the thread
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's, if the last checkpoint was written."""
+        self._writer.check()
+        return super().training_step(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._writer.wait()  # the best model may be in it
+        return super()._finalize_training(*args, **kwargs)
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if hasattr(value, "to_dict"):  # of an adapter
+            return {name: inner for name, inner in value.to_dict().items() if name not in VOLATILE}
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    kept = {name: value for name, value in values.items() if name.removeprefix("config.") not in VOLATILE}
+    return json.loads(json.dumps(kept, default=plain))
+
+
+def _saved_weights(model: Any) -> dict[str, Tensor]:
+    """What `save_pretrained` of `model` writes: all, or adapters alone."""
+    weights = model.state_dict()
+    if isinstance(model, PreTrainedModel):
+        return weights
+    from peft import get_peft_model_state_dict
+
+    adapters = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model).values()}
+    return {name: tensor for name, tensor in weights.items() if tensor.data_ptr() in adapters}
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Load what a checkpoint has of `model`: all weights, or an adapter.
+
+    Raises:
+        ValueError: It lacks some, or has others.
+    """
+    if not isinstance(model, PreTrainedModel):
+        require(folder, "adapter_model.safetensors", RESUME_REMEDY)
+        model.load_adapter(folder, model.active_adapter, is_trainable=True)
+        return
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    weights: dict[str, Tensor] = {}
+    for name in sorted(names):
+        weights |= load_file(require(folder, name, RESUME_REMEDY))
+    loaded = model.load_state_dict(weights, strict=False)
+    own = model.state_dict()
+    places = {own[name].data_ptr() for name in weights.keys() & own.keys()}
+    if wrong := loaded.unexpected_keys + [name for name in loaded.missing_keys if own[name].data_ptr() not in places]:
+        raise ValueError(f"{folder} and the model have other weights: {wrong[:5]}. {RESUME_REMEDY}")
+
+
+__all__ = ["FIXED_ARGUMENTS", "EpochStart", "ResumingTrainer", "load_weights"]
