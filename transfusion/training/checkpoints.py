@@ -139,7 +139,8 @@ def _seal(draft: Path) -> None:
         files[path.relative_to(draft).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     latest = max((written for written, _ in _listed(draft.parent)[0]), default=0)
     manifest = {"format": FORMAT, "written": max(time.time_ns(), latest + 1), "files": files}
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    manifest["sha256"] = _own_digest(manifest)
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(draft / MANIFEST)
     for inner in (path for path in draft.rglob("*") if path.is_dir()):
         _sync(inner)
@@ -168,8 +169,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _own_digest(manifest: Manifest) -> str:
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """The manifest of a checkpoint: `written`, in nanoseconds, and `files` with `bytes` and `sha256` of each.
 
     Raises:
         ValueError: There is none that can be read.
@@ -179,13 +185,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder} has no {MANIFEST}: it was not written to the end, or not by this trainer.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        written = int(manifest["written"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        is_sound = manifest["sha256"] == _own_digest(manifest)
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}.") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {manifest.get('format')}; this version reads {FORMAT}.")
-    return {"files": files, "written": written}
+    if not is_sound:
+        raise ValueError(f"{path} is not what was written: its own SHA-256 differs.")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path} is of format {manifest['format']}; this version reads {FORMAT}.")
+    return manifest
 
 
 def verify(folder: Path) -> None:
@@ -194,8 +201,8 @@ def verify(folder: Path) -> None:
     Raises:
         ValueError: A file is missing, of another size or of another content; the message names it.
     """
-    for name, (size, digest) in read_manifest(folder)["files"].items():
-        path = folder / name
+    for name, entry in read_manifest(folder)["files"].items():
+        path, size, digest = folder / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
             raise ValueError(f"{path} is missing.")
         if path.stat().st_size != size:

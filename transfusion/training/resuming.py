@@ -272,7 +272,7 @@ class ResumingTrainer(Trainer):
         packages = (torch, transformers, accelerate, safetensors, np)
         versions = {package.__name__: str(package.__version__) for package in packages}
         versions |= {"python": platform.python_version()}
-        return {"fingerprint": self._fingerprint(), "steps": self.state.max_steps, "versions": versions}
+        return {"fingerprint": self._fingerprint(), "versions": versions}
 
     def _fingerprint(self) -> dict[str, Any]:
         """By name, what the steps depend on, as JSON has it."""
@@ -317,6 +317,10 @@ class ResumingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        steps = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE))).max_steps
+        if steps != self.state.max_steps:
+            change = f"was to have {steps} steps and now has {self.state.max_steps}"
+            logger.warning("The training %s: learning rates are from now on those of the new length.", change)
         self._restore_optimizer(Path(checkpoint))
         schedule = read_state(Path(checkpoint), "scheduler")
         self.lr_scheduler.load_state_dict(schedule["scheduler"])
