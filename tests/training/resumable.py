@@ -95,10 +95,10 @@ def _same(first: Any, second: Any) -> bool:
     return first == second
 
 
-class Raise(TrainerCallback):
-    """Calls `action` when a step, or with `at_substep` one of its batches, is done."""
+class Act(TrainerCallback):
+    """Calls `action` when a step, or with `at_substep` the first of its batches, is done."""
 
-    def __init__(self, step: int, action: Callable[[], None], at_substep: bool = False) -> None:
+    def __init__(self, step: int, action: Callable[[], Any], at_substep: bool = False) -> None:
         self.step, self.action, self.at_substep = step, action, at_substep
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -107,6 +107,8 @@ class Raise(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step - 1 and self.at_substep:
+            self.at_substep = False
+            self.step = 0
             self.action()
 
 
@@ -163,9 +165,9 @@ def random_events(count: int, largest: int, seed: int) -> list[int]:
 __all__ = [
     "NUM_STEPS",
     "STEPS_PER_EPOCH",
+    "Act",
     "AugmentedRows",
     "KillAt",
-    "Raise",
     "RowList",
     "differences",
     "outcome",
