@@ -9,6 +9,9 @@
 its tokenizer, which learns pictures from the beginning. What comes out loads as any model does; adapters (--lora_rank)
 load on top of the checkpoint that --model names, or become part of it with --merge. Sample sheets from before, during
 and after (samples/), loss curves (losses.png) and TensorBoard's files lie beside it.
+
+Ctrl-C or SIGTERM saves a checkpoint at the end of the step and ends with the code 130 or 143; the same command with
+--resume goes on, to the same end as without the stop. A second one ends at once.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from rich.logging import RichHandler
 from transfusion.data import read_image_folder
 from transfusion.training.finetuning import FinetuneRecipe, finetune, load_start, start_from_text_model
 from transfusion.training.recipes import Recipe
+from transfusion.training.signals import SaveOnSignal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--num_epochs", type=float, help="how often each picture is seen, instead of steps")
     parser.add_argument("--sample_every", type=int, default=100, help="steps between two sample sheets; 100 without")
     parser.add_argument("--save_every", type=int, help="steps between two checkpoints; none without")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     parser.add_argument("--prompts", nargs="+", help="of the sample sheets; captions of the pictures without")
     parser.add_argument("--merge", action="store_true", help="save a whole model, not adapters")
     begin = parser.add_argument_group("with --text_model")
@@ -73,6 +77,7 @@ def main(args: argparse.Namespace) -> None:
         prompts=args.prompts,
         resume=args.resume,
         merge=args.merge,
+        callbacks=[SaveOnSignal()],
     )
 
 

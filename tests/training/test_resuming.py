@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,14 @@ def trained(output_dir: Path, resume: bool | str | None = None, **options: Any) 
     trainer = tiny_trainer(output_dir, **options)
     trainer.train(resume_from_checkpoint=resume)
     return outcome(trainer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_disk() -> Iterator[None]:
+    """Nothing here loses power; what is synced, test_checkpoints.py tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda number: None)
+        yield
 
 
 @pytest.fixture(scope="module")

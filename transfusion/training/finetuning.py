@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
 from ..autoencoder import load_vae
 from ..configuration import PRESETS
@@ -181,6 +181,7 @@ def finetune(
     prompts: Sequence[str] | None = None,
     resume: bool = False,
     merge: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TransfusionTrainer:
     """Train `model` on captioned pictures, and save what comes out.
 
@@ -200,15 +201,16 @@ def finetune(
             before the first step too.
         save_every: Steps between two checkpoints, of which the last two are kept; by default there are none.
         prompts: Of the sample sheets; by default the captions of the first pictures.
-        resume: Go on from the last checkpoint in `output_dir`.
+        resume: Go on from the last complete checkpoint in `output_dir`, as if the training had never stopped.
         merge: Add adapters to the weights at the end, and save a whole model.
+        callbacks: Trainer's, for example `SaveOnSignal`.
 
     Returns:
         The trainer, whose `model` has the last weights and whose `state.log_history` has the losses.
 
     Raises:
         ValueError: Both or neither of `max_steps` and `num_epochs`, a number that is not above 0, pictures or settings
-            that cannot be used.
+            that cannot be used; with `resume`, no complete checkpoint, or one of a training with other settings.
     """
     recipe = recipe or FinetuneRecipe()
     if (max_steps is None) == (num_epochs is None):
@@ -231,6 +233,7 @@ def finetune(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
+        callbacks=list(callbacks),
         ema_decay=recipe.ema_decay,
     )
     prompts = prompts or first_captions(train_rows.pictures)
