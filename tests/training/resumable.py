@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 from tests.training.tiny_rows import RowList, ragged_rows
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
 from transfusion.training import checkpoints
@@ -69,6 +69,15 @@ def tiny_trainer(
         callbacks=callbacks,
         ema_decay=ema_decay,
     )
+
+
+def plain_model() -> TransfusionForMultimodalGeneration:
+    """Without dropout, in float64."""
+    return tiny_model(objective="flow")
+
+
+# With SGD: AdamW makes much of the rounding of gradients near 0.
+PLAIN: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "linear"}
 
 
 def outcome(trainer: TransfusionTrainer) -> dict[str, Any]:
@@ -166,6 +175,7 @@ def random_events(count: int, largest: int, seed: int) -> list[int]:
 
 __all__ = [
     "NUM_STEPS",
+    "PLAIN",
     "STEPS_PER_EPOCH",
     "Act",
     "AugmentedRows",
@@ -173,6 +183,7 @@ __all__ = [
     "RowList",
     "differences",
     "outcome",
+    "plain_model",
     "random_events",
     "run",
     "tiny_trainer",

@@ -1,6 +1,5 @@
 import errno
 import json
-import logging
 import os
 import platform
 import resource
@@ -21,11 +20,13 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_config, tiny_model
 from tests.training.resumable import (
     NUM_STEPS,
+    PLAIN,
     Act,
     AugmentedRows,
     RowList,
     differences,
     outcome,
+    plain_model,
     random_events,
     run,
     tiny_trainer,
@@ -252,8 +253,8 @@ def test_pickles_are_never_opened(
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "per_device_train_batch_size was 2 and is 3": {"per_device_train_batch_size": 3},
-    "gradient_accumulation_steps was 4 and is 2": {"gradient_accumulation_steps": 2},
+    "rows per step was 8 and is 12": {"per_device_train_batch_size": 3},
+    "rows per step was 8 and is 4": {"gradient_accumulation_steps": 2},
     "learning_rate was 0.01 and is 0.02": {"learning_rate": 0.02},
     "seed was 42 and is 1": {"seed": 1},
     "ema_decay was 0.9 and is None": {"ema_decay": None},
@@ -297,7 +298,7 @@ def test_a_longer_training_and_other_versions_are_named(
     monkeypatch.setattr(platform, "python_version", lambda: "4.0")
     trained(tmp_path, True, max_steps=7)
     assert "was to have 6 steps and now has 7" in caplog.text
-    assert "was written with python 3." in caplog.text and "now 4.0" in caplog.text
+    assert "python was '3." in caplog.text and "and is '4.0'" in caplog.text
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -449,11 +450,20 @@ def test_killed_ten_times_at_random_a_training_ends_the_same(tmp_path: Path) -> 
     assert not differences(load_file(tmp_path / "cut.safetensors"), load_file(tmp_path / "whole.safetensors"))
 
 
-# -- several processes
+# -- several processes, and other divisions of a step
+
+
+def nearly_same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether weights, average and optimizer are the same but for rounding, and logs but for that of logging."""
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10)
+    return found["log"] == [pytest.approx(entry, abs=1e-4) for entry in expected["log"]]
 
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They resume exactly, stop by the signal of one, report the error of one; and one resumes what two began."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(ROOT / "tests/training/two_resuming.py"), str(tmp_path)]
@@ -466,5 +476,21 @@ def test_two_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert "No space left" in results[1]["full"] and "Another process could not write" in results[0]["full"]
     assert results[0]["left"] == ["checkpoint-2"]
     assert "has no complete checkpoint" in results[0]["none"] and "refused the checkpoint" in results[1]["none"]
-    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="world_size was 2 and is 1"):
+    with pytest.raises(ValueError, match="rows per step was 8 and is 4"):
         trained(tmp_path / "one", str(tmp_path / "whole" / "checkpoint-3"), per_device_train_batch_size=1)
+    whole = trained(tmp_path / "alone", model=plain_model(), save_strategy="no", **PLAIN)
+    # After the first of three steps that are logged together.
+    one = trained(tmp_path / "one", str(tmp_path / "plain" / "checkpoint-4"), model=plain_model(), **PLAIN)
+    assert "world_size was 2 and is 1" in caplog.text
+    assert nearly_same(one, whole)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_a_step_may_be_divided_otherwise(accumulation: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The rows of each step, and all that is drawn for them, are the same."""
+    whole = trained(tmp_path, model=plain_model(), **PLAIN)
+    options = PLAIN | {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    found = trained(tmp_path, str(tmp_path / "checkpoint-4"), model=plain_model(), **options)
+    assert f"gradient_accumulation_steps was 4 and is {accumulation}" in caplog.text
+    assert nearly_same(found, whole)
+    assert differences(found, whole)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.training.resumable import Act, differences, outcome, tiny_trainer
+from tests.training.resumable import PLAIN, Act, differences, outcome, plain_model, tiny_trainer
 from transfusion.training.signals import SaveOnSignal
 
 
@@ -53,6 +53,7 @@ def main(folder: Path) -> None:
     results["full"] = error_of(folder / "full", None, Act(3, fill_disk), save_steps=2, max_steps=4)
     Path.write_text = write_text  # type: ignore[method-assign]
     results["left"] = sorted(path.name for path in (folder / "full").iterdir())
+    train(folder / "plain", model=plain_model(), **PLAIN)
     results["none"] = error_of(folder / "none", True)
     (folder / f"results-{rank}.json").write_text(json.dumps(results))
 

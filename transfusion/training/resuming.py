@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import platform
+import sys
 import time
 from collections.abc import Callable, Sized
 from pathlib import Path
@@ -44,11 +45,10 @@ from .states import (
 logger = logging.getLogger(__name__)
 
 RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
-# Arguments on which the steps depend, apart from the length of the training.
+# How the rows of a step are divided.
+DIVISION = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+# Arguments on which the steps depend, apart from these and from the length of the training.
 FIXED_ARGUMENTS = (
-    "world_size",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
     "train_sampling_strategy",
     "dataloader_drop_last",
     "seed",
@@ -103,7 +103,9 @@ class ResumingTrainer(Trainer):
     * A checkpoint is whole or is not there. Those that are not as they were written are named and skipped.
     * The training stops only for the copy to host memory; a thread writes, and an error of it stops the training at
       the next step, or at its end.
-    * Resuming with other data, batches, processes or settings is refused; the length of the training may change.
+    * Resuming with other data, rows per step or settings is refused. With a warning, the length of the training may
+      change, and how the rows of a step are divided among processes and accumulation steps: the steps have the same
+      rows then, but are rounded otherwise, and dropout falls otherwise.
 
     The model and the optimizer are whole in the first process; `_snapshot_model`, `_restore_model`,
     `_snapshot_optimizer` and `_restore_optimizer` are all that knows it.
@@ -117,6 +119,7 @@ class ResumingTrainer(Trainer):
         self._processes: Processes | None = None
         self._epoch_start = EpochStart()
         self._resumed_process: dict[str, Any] = {}
+        self._saved_world_size = 0
         self.add_callback(self._epoch_start)
         if self.args.save_on_each_node:
             raise ValueError("save_on_each_node=True: all processes write one checkpoint; set it to False.")
@@ -201,13 +204,11 @@ class ResumingTrainer(Trainer):
         snapshots = [self._snapshot_model()]
         if not self.args.save_only_model:
             process = State(self._process_state())
-            snapshots += [self._snapshot_optimizer(), lambda draft: process.write(draft, self._process_file())]
+            name = _process_name(self.args.process_index)
+            snapshots += [self._snapshot_optimizer(), lambda draft: process.write(draft, name)]
         if self.args.should_save:
             snapshots.append(self._snapshot_run(folder))
         return snapshots
-
-    def _process_file(self) -> str:
-        return f"process-{self.args.process_index}"
 
     def _process_state(self) -> dict[str, Any]:
         """What each process has of its own."""
@@ -268,11 +269,13 @@ class ResumingTrainer(Trainer):
     # -- what must not change
 
     def _run(self) -> dict[str, Any]:
-        """What must not change, and the versions of packages."""
-        packages = (torch, transformers, accelerate, safetensors, np)
+        """What must not change, how the rows of a step are divided, and the versions of packages."""
+        package = sys.modules[__name__.partition(".")[0]]
+        packages = (package, torch, transformers, accelerate, safetensors, np)
         versions = {package.__name__: str(package.__version__) for package in packages}
         versions |= {"python": platform.python_version()}
-        return {"fingerprint": self._fingerprint(), "versions": versions}
+        division = {name: getattr(self.args, name) for name in DIVISION}
+        return {"fingerprint": self._fingerprint(), "division": division, "versions": versions}
 
     def _fingerprint(self) -> dict[str, Any]:
         """By name, what the steps depend on, as JSON has it."""
@@ -280,34 +283,32 @@ class ResumingTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         found = {name: getattr(self.args, name) for name in FIXED_ARGUMENTS}
         found |= {"optimizer": type(self._own_optimizer()).__name__} if self.optimizer is not None else {}
+        found["rows per step"] = self.get_total_train_batch_size(self.args)
         found["dataset length"] = len(data) if isinstance(data, Sized) else None
         found["dataset fingerprint"] = getattr(data, "fingerprint", getattr(data, "_fingerprint", None))
         found |= {"adapters": getattr(model, "peft_config", None)}
         found |= {f"config.{name}": value for name, value in model.config.to_dict().items()}
         return _as_json(found)
 
-    def _check_run(self, folder: Path) -> None:
-        """Compare this run with that of a checkpoint."""
+    def _check_run(self, folder: Path) -> dict[str, Any]:
+        """Compare this run with that of a checkpoint, which is returned."""
         saved = json.loads(require(folder, RUN_FILE, RESUME_REMEDY).read_text(encoding="utf-8"))
         run = self._run()
-        was, now = saved["fingerprint"], run["fingerprint"]
-        names = sorted(name for name in was.keys() & now.keys() if was[name] != now[name])
-        if names:
-            changes = ", ".join(f"{name} was {was[name]!r} and is {now[name]!r}" for name in names)
-            raise ValueError(
-                f"{folder} is of another training: {changes}. Set that back, or start anew without resuming."
-            )
-        versions = saved["versions"]
-        if names := sorted(name for name, number in run["versions"].items() if versions.get(name) != number):
-            changes = ", ".join(f"{name} {versions.get(name)}, now {run['versions'][name]}" for name in names)
-            logger.warning("%s was written with %s: results may differ in the last bits.", folder, changes)
+        if changes := _changes(saved["fingerprint"], run["fingerprint"]):
+            raise ValueError(f"{folder} is of another training: {changes}. Set that back, or start anew.")
+        if changes := _changes(saved["division"], run["division"]):
+            logger.warning("%s: %s. Steps have the same rows, and differ by rounding.", folder, changes)
+        if changes := _changes(saved["versions"], run["versions"]):
+            logger.warning("%s: %s. Results may differ in the last bits.", folder, changes)
+        return saved
 
     # -- resuming, at the places where Trainer does
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self._check_run(folder)
-        for name in (STATE_FILE, "optimizer.json", "scheduler.json", f"{self._process_file()}.json"):
+        self._saved_world_size = self._check_run(folder)["division"]["world_size"]
+        processes = [f"{_process_name(index)}.json" for index in range(self._saved_world_size)]
+        for name in (STATE_FILE, "optimizer.json", "scheduler.json", *processes):
             require(folder, name, RESUME_REMEDY)
         self._restore_model(folder)
 
@@ -326,7 +327,7 @@ class ResumingTrainer(Trainer):
         self.lr_scheduler.load_state_dict(schedule["scheduler"])
         if (scaler := self.accelerator.scaler) is not None:
             scaler.load_state_dict(schedule["scaler"])
-        self._resumed_process = read_state(Path(checkpoint), self._process_file())
+        self._resumed_process = self._read_process(Path(checkpoint))
         self._epoch_start.resumed = self._resumed_process
 
     def _restore_optimizer(self, folder: Path) -> None:
@@ -339,6 +340,20 @@ class ResumingTrainer(Trainer):
         """Restore what each process has of its own."""
         if checkpoint is not None:
             self._restore_process(self._resumed_process)
+
+    def _read_process(self, folder: Path) -> dict[str, Any]:
+        """What this process has of its own; if there were more or fewer, the first takes over the sums of all."""
+        index, world_size, saved_size = self.args.process_index, self.args.world_size, self._saved_world_size
+        if world_size == saved_size:
+            return read_state(folder, _process_name(index))
+        states = [read_state(folder, _process_name(number)) for number in range(saved_size)]
+        return states[index % saved_size] | self._shared_sums(states)
+
+    def _shared_sums(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of the sums in `states` of the processes that were, this one's part, if it is not one of as many."""
+        total = torch.stack([state["running_loss"] for state in states]).sum(dim=0)
+        share = self.args.world_size / len(states) if self.args.process_index == 0 else 0.0
+        return {"running_loss": total * share}  # of which the log has the mean over processes
 
     def _restore_process(self, state: dict[str, Any]) -> None:
         self._tr_loss = state["running_loss"].to(self.args.device)
@@ -359,6 +374,15 @@ class ResumingTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._writer.wait()  # the best model may be in it
         return super()._finalize_training(*args, **kwargs)
+
+
+def _process_name(index: int) -> str:
+    return f"process-{index}"
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> str:
+    names = sorted(name for name in was.keys() & now.keys() if was[name] != now[name])
+    return ", ".join(f"{name} was {was[name]!r} and is {now[name]!r}" for name in names)
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

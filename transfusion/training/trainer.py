@@ -420,6 +420,10 @@ class TransfusionTrainer(ResumingTrainer):
     def _process_state(self) -> dict[str, Any]:
         return super()._process_state() | {"loss_sums": self._train_sums.entries}
 
+    def _shared_sums(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        entries = [entry for state in states for entry in state["loss_sums"]]
+        return super()._shared_sums(states) | {"loss_sums": entries if self.args.process_index == 0 else []}
+
     def _restore_process(self, state: dict[str, Any]) -> None:
         super()._restore_process(state)
         self._train_sums.entries = [entry.to(self.args.device) for entry in state["loss_sums"]]
