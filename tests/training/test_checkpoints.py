@@ -50,7 +50,12 @@ def test_everything_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch
     done: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda number: done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
     rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda self, target: done.append("rename") or rename(self, target))
+
+    def noted(self: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", noted)
     write(tmp_path, 5)
     draft = "incomplete-checkpoint-5"
     assert done == ["first.txt", "second.txt", "manifest.json", "inner", draft, "rename", tmp_path.name]

@@ -177,12 +177,15 @@ FILES += [
 ]
 
 
+HARMS: list[Callable[[Path], None]] = [truncate, empty, flip, Path.unlink]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_harmed_checkpoint_is_refused(name: str, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """It is named, whatever the harm, before anything of it is used."""
-    for number, harm in enumerate((truncate, empty, flip, Path.unlink)):
+    for number, damage in enumerate(HARMS):
         folder = copied(whole, tmp_path / str(number), 2)
-        harm(folder / "checkpoint-2" / name)
+        damage(folder / "checkpoint-2" / name)
         with pytest.raises(ValueError, match=f"checkpoint-2.*{name.rpartition('/')[2]}"):
             tiny_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         with pytest.raises(ValueError, match="has no complete checkpoint to resume from"):

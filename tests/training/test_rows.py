@@ -114,6 +114,15 @@ def test_workers_see_the_epoch(options: dict[str, Any]) -> None:
         assert loaded == [rows[index]["sample_seed"] for index in range(6)]
 
 
+def test_fingerprints_are_of_what_is_chosen_from() -> None:
+    assert make_rows().fingerprint == make_rows().fingerprint
+    others = [make_rows(9), make_rows(seed=1), make_rows(text_ratio=0.3), make_rows(caption_first=0.5)]
+    renamed = [dataclasses.replace(picture, captions=("other",)) for picture in pictures(10)]
+    others.append(CaptionedPictureRows(renamed, latents(10), tiny_processor(), TEXTS))
+    assert len({rows.fingerprint for rows in [make_rows(), *others]}) == 6
+    assert edit_rows().fingerprint == edit_rows().fingerprint != edit_rows(seed=1).fingerprint
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="2 pictures and 1 latents"):
         CaptionedPictureRows(pictures(2), latents(1), tiny_processor())

@@ -43,15 +43,15 @@ def main(folder: Path) -> None:
     results["after a signal"] = differences(train(folder / "cut", True), whole)
 
     def fill_disk() -> None:
-        def full(*args: Any, **kwargs: Any) -> None:
+        def full(*args: Any, **kwargs: Any) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         if rank == 1:
-            Path.write_text = full  # type: ignore[method-assign]
+            setattr(Path, "write_text", full)  # noqa: B010
 
     write_text = Path.write_text
     results["full"] = error_of(folder / "full", None, Act(3, fill_disk), save_steps=2, max_steps=4)
-    Path.write_text = write_text  # type: ignore[method-assign]
+    setattr(Path, "write_text", write_text)  # noqa: B010
     results["left"] = sorted(path.name for path in (folder / "full").iterdir())
     train(folder / "plain", model=plain_model(), **PLAIN)
     results["none"] = error_of(folder / "none", True)

@@ -145,7 +145,7 @@ class ResumingTrainer(Trainer):
         found, error = torch.full((), -1), None
         if self.args.process_index == 0:
             try:
-                found.fill_(int(self._find_checkpoint(given).name.rpartition("-")[2]))
+                found.fill_(self._find_checkpoint(given))
             except ValueError as caught:
                 error = caught
         if self.args.world_size > 1:
@@ -156,17 +156,18 @@ class ResumingTrainer(Trainer):
             raise ValueError(f"The first process refused the checkpoint {given!r}; its own error says why.")
         return str(Path(self.args.output_dir, f"checkpoint-{found}")) if given is True else str(given)
 
-    def _find_checkpoint(self, given: str | bool) -> Path:
-        if given is not True:
+    def _find_checkpoint(self, given: str | bool) -> int:
+        """The step of the newest complete checkpoint; 0 of a given one that is complete."""
+        if not isinstance(given, bool):
             if not Path(given).is_dir():
                 raise ValueError(f"resume_from_checkpoint is {given!r}, where there is no folder.")
             verify(Path(given))
-            return Path(given)
+            return 0
         output_dir = Path(self.args.output_dir)
         clean_up(output_dir)
         if (found := find_complete(output_dir)) is None:
             raise ValueError(f"{output_dir} has no complete checkpoint to resume from; start without.")
-        return found
+        return int(found.name.rpartition("-")[2])
 
     # -- saving
 
@@ -177,13 +178,16 @@ class ResumingTrainer(Trainer):
         begin = time.perf_counter()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         self._writer.wait()  # before what is to be written is copied: two copies would be in memory
-        snapshots = self._snapshots(folder)
+        kept = {folder.name, self._best_name(folder)}
+        snapshots, processes = self._snapshots(), self._own_processes()
         blocked = time.perf_counter() - begin
-        processes, best = self._own_processes(), self.state.best_model_checkpoint
-        kept = {folder.name} | ({Path(best).name} if best else set())
+
+        def write_all(draft: Path) -> None:
+            for snapshot in snapshots:
+                snapshot(draft)
 
         def write() -> None:
-            write_checkpoint(folder, lambda draft: [snapshot(draft) for snapshot in snapshots], processes)
+            write_checkpoint(folder, write_all, processes)
             if processes.is_first:
                 rotate(folder.parent, self.args.save_total_limit, kept)
                 took = time.perf_counter() - begin
@@ -193,13 +197,20 @@ class ResumingTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
+    def _best_name(self, folder: Path) -> str:
+        """The name of the best checkpoint, which may be `folder`; all processes note where it is."""
+        best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+        if best == folder or best.exists():
+            self.state.best_model_checkpoint = str(best)
+        return best.name
+
     def _own_processes(self) -> Processes:
         if self._processes is None:
             is_alone = self.args.world_size == 1
             self._processes = Processes(None if is_alone else dist.new_group(backend="gloo"))
         return self._processes
 
-    def _snapshots(self, folder: Path) -> list[Snapshot]:
+    def _snapshots(self) -> list[Snapshot]:
         """Copies of all that this process writes."""
         snapshots = [self._snapshot_model()]
         if not self.args.save_only_model:
@@ -207,7 +218,7 @@ class ResumingTrainer(Trainer):
             name = _process_name(self.args.process_index)
             snapshots += [self._snapshot_optimizer(), lambda draft: process.write(draft, name)]
         if self.args.should_save:
-            snapshots.append(self._snapshot_run(folder))
+            snapshots.append(self._snapshot_run())
         return snapshots
 
     def _process_state(self) -> dict[str, Any]:
@@ -219,12 +230,8 @@ class ResumingTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
         }
 
-    def _snapshot_run(self, folder: Path) -> Snapshot:
+    def _snapshot_run(self) -> Snapshot:
         """The trainer's state, the scheduler's, the arguments, and what must not change."""
-        if self.state.best_global_step:
-            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best == folder or best.exists():
-                self.state.best_model_checkpoint = str(best)
         exported = [
             each for each in [*self.callback_handler.callbacks, self.control] if isinstance(each, ExportableState)
         ]
@@ -402,8 +409,9 @@ def _saved_weights(model: Any) -> dict[str, Tensor]:
         return weights
     from peft import get_peft_model_state_dict
 
-    adapters = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model).values()}
-    return {name: tensor for name, tensor in weights.items() if tensor.data_ptr() in adapters}
+    adapters = [get_peft_model_state_dict(model, adapter_name=name) for name in model.peft_config]
+    places = {tensor.data_ptr() for adapter in adapters for tensor in adapter.values()}
+    return {name: tensor for name, tensor in weights.items() if tensor.data_ptr() in places}
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -413,8 +421,10 @@ def load_weights(model: Any, folder: Path) -> None:
         ValueError: It lacks some, or has others.
     """
     if not isinstance(model, PreTrainedModel):
-        require(folder, "adapter_model.safetensors", RESUME_REMEDY)
-        model.load_adapter(folder, model.active_adapter, is_trainable=True)
+        name = model.active_adapter
+        inside = "" if name == "default" else f"{name}/"  # as PEFT saves them
+        path = require(folder, f"{inside}adapter_model.safetensors", RESUME_REMEDY)
+        model.load_adapter(path.parent, name, is_trainable=True)
         return
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..data.pictures import CaptionedPicture
 from ..latents import patchify
 from ..processing import IGNORE_INDEX, TransfusionProcessor
+from .states import fingerprint
 
 
 _SEED_BITS = 63
@@ -111,6 +112,12 @@ class CaptionedPictureRows(SeededRows):
         pairs = [(picture, caption, shape) for picture, shape in rows for caption in picture.captions]
         return max((len(self._encode(caption, True, shape)[0]), picture.id) for picture, caption, shape in pairs)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of names, captions, sizes, texts and choices: a training resumes with the same ones."""
+        pictures = [(picture.id, list(picture.captions)) for picture in self.pictures]
+        return fingerprint([pictures, self.shapes, self.texts, self.num_texts, self.caption_first, self.seed])
+
     def _picture_row(self, index: int, chooser: random.Random) -> dict[str, Any]:
         picture = self.pictures[index]
         caption = chooser.choice(picture.captions)
@@ -188,6 +195,12 @@ class EditRows(SeededRows):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of instructions, sizes and choices: a training resumes with the same ones."""
+        sizes = [[list(latent.shape) for latent in latents] for latents in (self.sources, self.targets)]
+        return fingerprint([self.instructions, sizes, self.seed])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         chooser = self.chooser(index)

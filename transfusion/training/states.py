@@ -1,5 +1,6 @@
 """States of a training as JSON and safetensors: any nest of tensors and numbers, optimizers by parameter name."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -83,6 +84,11 @@ def _put_together(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: _put_together(inner, tensors) for key, inner in tree.items()}
 
 
+def fingerprint(value: Any) -> str:
+    """A hash of a nest of lists, numbers and strings."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 # -- optimizers
 
 
@@ -100,7 +106,8 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     states = {}
     for part, inner in _parts(optimizer).items():
-        groups, by_name = [], {}
+        groups: list[dict[str, Any]] = []
+        by_name: dict[str, dict[str, Any]] = {}
         for group in inner.param_groups:
             if any(id(parameter) not in names for parameter in group["params"]):
                 raise ValueError(f"The {part} has a parameter that is none of the model's, and so has no name.")
@@ -160,7 +167,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+        states[device.type] = torch.get_device_module(device).get_rng_state()
     return states
 
 
@@ -177,11 +184,12 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
     if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[device.type], device)
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 __all__ = [
     "State",
+    "fingerprint",
     "host_copy",
     "optimizer_state",
     "random_states",
