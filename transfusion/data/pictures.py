@@ -21,6 +21,7 @@ ASSETS = Path(__file__).parent / "assets"
 EMOJI_FILE = ASSETS / "fluent_emoji_64.zip"
 SPLITS = ("train", "held_out", "all")
 _PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _SHOWN_FAULTS = 20
 _EXAMPLE = 'Write a line for each picture: {"file_name": "heart.png", "text": "a red heart"}'
 
@@ -50,7 +51,8 @@ class CaptionedPicture:
     @property
     def image(self) -> Image.Image:
         """The picture in RGB, turned upright; transparency is laid over white, and 16-bit grey is scaled."""
-        with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as opened:
+        file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        with Image.open(file, formats=_FORMATS) as opened:
             return to_rgb(ImageOps.exif_transpose(opened))
 
 
@@ -64,14 +66,15 @@ class DataFault:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a reader found: usable pictures and faults. `str()` gives the count and the first faults."""
+    """What a reader found: usable pictures, or `what` else, and faults. `str()` gives counts and the first faults."""
 
     path: Path
     num_pictures: int
     faults: tuple[DataFault, ...]
+    what: str = "pictures"
 
     def __str__(self) -> str:
-        head = f"{self.path}: {self.num_pictures} usable pictures, {len(self.faults)} faults"
+        head = f"{self.path}: {self.num_pictures} usable {self.what}, {len(self.faults)} faults"
         shown = [f"  {fault.where}: {fault.reason}" for fault in self.faults[:_SHOWN_FAULTS]]
         more = len(self.faults) - len(shown)
         return "\n".join([head, *shown, *([f"  and {more} more"] if more else [])])
@@ -132,7 +135,7 @@ def read_image_folder(
             faults.append(result)
         else:
             pictures.append(result)
-    faults += _unlisted(root, listed)
+    faults += unlisted_pictures(root, listed)
     if split is not None:
         splits = sorted({picture.split for picture in pictures})
         if split not in splits:
@@ -180,7 +183,7 @@ def _read_row(line: bytes, where: str, root: Path, listed: set[str]) -> Captione
         name = row.get(column)
         if not isinstance(name, str) or not name:
             return DataFault(where, f"no {column} in {str(row)[:100]}")
-        if _inside(root, name) is None:
+        if file_inside(root, name) is None:
             return DataFault(where, f"{column} {name!r} leaves the folder")
         listed.add(PurePosixPath(name).as_posix())
     captions = _captions(row)
@@ -209,7 +212,7 @@ def _fault_of(picture: CaptionedPicture) -> DataFault | None:
     return None
 
 
-def _inside(root: Path, name: str) -> Path | None:
+def file_inside(root: Path, name: str) -> Path | None:
     """The file's path with links followed, or None if it is not below the root."""
     if "\0" in name or PurePosixPath(name).is_absolute():
         return None
@@ -230,7 +233,8 @@ def _picture(row: dict[str, Any], captions: tuple[str, ...], source: Path | byte
     return CaptionedPicture(row["file_name"], name or captions[0], captions, category, style, split, source)
 
 
-def _unlisted(root: Path, listed: set[str]) -> Iterator[DataFault]:
+def unlisted_pictures(root: Path, listed: set[str]) -> Iterator[DataFault]:
+    """A fault for each picture below the folder that no row names."""
     for file in sorted(root.rglob("*")):
         if file.suffix.lower() in _PICTURE_SUFFIXES and file.relative_to(root).as_posix() not in listed:
             yield DataFault(str(file), "no row in metadata.jsonl")

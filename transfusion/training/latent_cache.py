@@ -1,80 +1,234 @@
-"""`encode_pictures`: pictures -> latents, once, with a cache on disk that knows what it was made with."""
+"""Latents of pictures, encoded once and kept in shards on disk.
+
+A shard is a safetensors file with the latents of some hundred pictures, each under a hash of the picture's bytes, and
+in its metadata a checksum of each and the reasons why others have none. All shards of one folder were made with the
+same VAE, transform, sizes and dtype, of which the folder's name is a hash.
+"""
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..data.pictures import CaptionedPicture, DataFault, DataReport
+from ..data.pictures import DataFault, DataReport
+from ..data.survey import PICTURE_ERRORS
 from ..processing import TransfusionProcessor
 
 
 logger = logging.getLogger(__name__)
 
+SHARD_SIZE = 512
+
+
+class Encodable(Protocol):
+    """A picture: its file or bytes, and decoded."""
+
+    @property
+    def id(self) -> str:
+        """Its name, for reports."""
+        ...
+
+    @property
+    def source(self) -> Path | bytes:
+        """Where its bytes are, or they themselves."""
+        ...
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture in RGB."""
+        ...
+
+
+P = TypeVar("P", bound=Encodable)
+
 
 @dataclass(frozen=True)
-class EncodedPictures:
+class EncodedPictures(Generic[P]):
     """Pictures that could be encoded, their scaled latents (C, h, w), and the report on those that could not."""
 
-    pictures: list[CaptionedPicture]
-    latents: list[Tensor]
+    pictures: list[P]
+    latents: Sequence[Tensor]
     report: DataReport
 
 
+class LatentStore:
+    """Latents (C, h, w) by key, in shards which are memory-mapped when one of theirs is read.
+
+    Args:
+        folder: Of the shards. One that cannot be read, or has another checksum, is named in a warning, taken for not
+            there, and deleted with the next shard that is written. None: latents are kept in memory.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.faults: dict[str, str] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._shard_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._broken: list[Path] = []
+        self._open: dict[Path, Any] = {}
+        for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+            self._add(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shapes or key in self.faults
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self._memory:
+            return self._memory[key]
+        file = self._shard_of[key]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt").__enter__()
+        return self._open[file].get_tensor(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a latent, without reading it."""
+        return self._shapes[key]
+
+    def write(self, latents: dict[str, Tensor], faults: dict[str, str]) -> None:
+        """Add a shard, named by its pictures: written under another name, then renamed."""
+        if self.folder is None:
+            self._memory |= latents
+            self._shapes |= {key: tuple(latent.shape) for key, latent in latents.items()}
+            self.faults |= faults
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = ",".join(sorted([*latents, *faults]))
+        file = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.safetensors"
+        part = file.with_suffix(f".{os.getpid()}.part")
+        tensors = {key: latent.contiguous() for key, latent in latents.items()}
+        sums = {key: _checksum(latent) for key, latent in tensors.items()}
+        save_file(tensors, part, {"faults": json.dumps(faults), "checksums": json.dumps(sums)})
+        part.replace(file)
+        for broken in self._broken:
+            if broken != file:
+                broken.unlink(missing_ok=True)
+        self._broken.clear()
+        self._add(file)
+
+    def _add(self, file: Path) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        try:
+            with safe_open(file, framework="pt") as shard:
+                sums = json.loads(shard.metadata()["checksums"])
+                faults = json.loads(shard.metadata()["faults"])
+                for key in shard.keys():
+                    latent = shard.get_tensor(key)
+                    if _checksum(latent) != sums[key]:
+                        raise ValueError(f"{key} has another checksum")
+                    shapes[key] = tuple(latent.shape)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The latents in %s cannot be read (%s); the pictures are encoded again.", file, error)
+            self._broken.append(file)
+            return
+        self._shapes |= shapes
+        self._shard_of |= dict.fromkeys(shapes, file)
+        self.faults |= faults
+
+
+class StoredLatents(Sequence[Tensor]):
+    """Latents of a store in a given order, read when they are asked for."""
+
+    def __init__(self, store: LatentStore, keys: list[str]) -> None:
+        self.store, self.keys = store, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return StoredLatents(self.store, self.keys[index])
+        return self.store[self.keys[index]]
+
+
 def encode_pictures(
-    pictures: Sequence[CaptionedPicture],
+    pictures: Sequence[P],
     processor: TransfusionProcessor,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
-) -> EncodedPictures:
+) -> EncodedPictures[P]:
     """Encode pictures with the processor's VAE, or take the latents from the cache.
 
-    The cache is one safetensors file for the whole list, named by a hash over the VAE's weights and config, the image
-    processor's settings and the bytes of every picture: a change of any of them encodes anew. It is written under
-    another name and then renamed; a file that cannot be read is ignored and replaced.
+    The cache holds shards of pictures in a folder named by a hash over the VAE's weights, config and dtype and the
+    image processor's settings; a picture is found by its bytes, so only new ones are encoded. Shards are written under
+    another name and then renamed; one that cannot be read is ignored and replaced.
 
     Args:
         pictures: What to encode.
         processor: Owns the VAE (None: pixels are the latents) and the size.
-        cache_dir: Folder of the cache; None keeps nothing.
-        batch_size: Pictures at once.
+        cache_dir: Folder of the cache; None keeps nothing on disk, and all latents in memory.
+        batch_size: Pictures at once; fewer where memory does not suffice.
 
     Returns:
-        The pictures with latents; those that cannot be decoded are left out, counted in the report and logged.
+        The pictures with latents, which are read from the cache when they are asked for; those that cannot be decoded
+        are left out, counted in the report and logged.
 
     Raises:
         ValueError: No picture can be used.
     """
-    file = None if cache_dir is None else Path(cache_dir) / f"latents-{cache_key(pictures, processor)}.safetensors"
-    found = None if file is None else _read(file)
-    if found is None:
-        found = _encode(pictures, processor, batch_size)
-        if file is not None:
-            _write(file, *found)
-    latents, faults = found
+
+    store = open_latents(cache_dir, processor)
+    keys: dict[int, str] = {}
+    faults: dict[int, str] = {}
+    for index, picture in enumerate(pictures):
+        try:
+            keys[index] = _digest(picture)
+        except OSError as error:
+            faults[index] = str(error)
+
+    def pixels(picture: P) -> np.ndarray:
+        return processor.image_processor(picture.image)["pixel_values"][0]
+
+    encode_missing(store, ((key, partial(pixels, pictures[i])) for i, key in keys.items()), processor, batch_size)
+    faults |= {index: store.faults[key] for index, key in keys.items() if key in store.faults}
+    kept = [index for index in range(len(pictures)) if index not in faults]
     root = Path("." if cache_dir is None else cache_dir)
-    report = DataReport(root, len(latents), tuple(DataFault(pictures[i].id, why) for i, why in sorted(faults.items())))
-    if not latents:
+    report = DataReport(root, len(kept), tuple(DataFault(pictures[i].id, faults[i]) for i in sorted(faults)))
+    if not kept:
         raise ValueError(f"None of the {len(pictures)} pictures can be encoded.\n{report}")
     if faults:
         logger.warning("%s", report)
-    kept = sorted(latents)
-    return EncodedPictures([pictures[index] for index in kept], [latents[index] for index in kept], report)
+    return EncodedPictures(
+        [pictures[index] for index in kept], StoredLatents(store, [keys[index] for index in kept]), report
+    )
 
 
-def cache_key(pictures: Sequence[CaptionedPicture], processor: TransfusionProcessor) -> str:
-    """A hash over all that the latents depend on."""
+def open_latents(
+    cache_dir: str | os.PathLike | None, processor: TransfusionProcessor, sizes: Sequence[tuple[int, int]] = ()
+) -> LatentStore:
+    """The latents that a processor makes, of a cache folder, or of none: then they are kept in memory.
+
+    Args:
+        cache_dir: Folder of the cache.
+        processor: Owns the VAE.
+        sizes: Sizes that pictures are brought to, in place of the image processor's.
+    """
+    return LatentStore(None if cache_dir is None else Path(cache_dir) / f"latents-{settings_key(processor, sizes)}")
+
+
+def settings_key(processor: TransfusionProcessor, sizes: Sequence[tuple[int, int]] = ()) -> str:
+    """A hash over all that latents depend on beside their pictures."""
     digest = hashlib.sha256(processor.image_processor.to_json_string().encode())
+    digest.update(json.dumps(list(sizes)).encode())
     if processor.vae is not None:
         # Without the private entries, which name the path it was loaded from.
         settings = {name: value for name, value in processor.vae.config.items() if not name.startswith("_")}
@@ -82,58 +236,96 @@ def cache_key(pictures: Sequence[CaptionedPicture], processor: TransfusionProces
         for name, value in sorted(processor.vae.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for picture in pictures:
-        source = picture.source if isinstance(picture.source, bytes) else picture.source.read_bytes()
-        digest.update(hashlib.sha256(source).digest())
     return digest.hexdigest()[:32]
 
 
+def encode_missing(
+    store: LatentStore,
+    pictures: Iterable[tuple[str, Callable[[], np.ndarray]]],
+    processor: TransfusionProcessor,
+    batch_size: int = 32,
+    shard_size: int = SHARD_SIZE,
+) -> None:
+    """Encode the pictures that the store lacks, shard by shard.
+
+    Args:
+        store: Where latents go, and why there is none of a picture.
+        pictures: Key of each, and what makes its pixels (3, H, W).
+        processor: Encodes them.
+        batch_size: Pictures at once; fewer where memory does not suffice.
+        shard_size: Pictures of a shard.
+    """
+    missing = _missing(store, pictures)
+    progress = None
+    while chunk := list(islice(missing, shard_size)):
+        if progress is None:  # no bar where nothing is missing
+            progress = tqdm(desc="Encoding pictures", unit="picture")
+        latents: dict[str, Tensor] = {}
+        faults: dict[str, str] = {}
+        for start in range(0, len(chunk), batch_size):
+            pixels = {}
+            for key, make in chunk[start : start + batch_size]:
+                try:
+                    pixels[key] = make()
+                except PICTURE_ERRORS as error:
+                    faults[key] = str(error)
+            _encode(pixels, processor, latents, faults)
+            progress.update(len(chunk[start : start + batch_size]))
+        store.write(latents, faults)
+    if progress is not None:
+        progress.close()
+
+
+def _missing(
+    store: LatentStore, pictures: Iterable[tuple[str, Callable[[], np.ndarray]]]
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """The pictures that are not in the store, each once."""
+    seen: set[str] = set()
+    for key, make in pictures:
+        if key not in store and key not in seen:
+            seen.add(key)
+            yield key, make
+
+
 def _encode(
-    pictures: Sequence[CaptionedPicture], processor: TransfusionProcessor, batch_size: int
-) -> tuple[dict[int, Tensor], dict[int, str]]:
-    """Latents by index, and why there is none by index."""
-    latents: dict[int, Tensor] = {}
-    faults: dict[int, str] = {}
-    progress = tqdm(total=len(pictures), desc="Encoding pictures", unit="picture")
-    for indices in _batches(len(pictures), batch_size):
-        pixels = {}
-        for index in indices:
-            try:
-                pixels[index] = processor.image_processor(pictures[index].image)["pixel_values"][0]
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                faults[index] = str(error)
-        encoded = processor.encode_images(list(pixels.values())) if pixels else []
-        latents |= {index: latent.cpu() for index, latent in zip(pixels, encoded, strict=True)}
-        progress.update(len(indices))
-    progress.close()
-    return latents, faults
-
-
-def _batches(count: int, batch_size: int) -> Iterator[range]:
-    for start in range(0, count, batch_size):
-        yield range(start, min(start + batch_size, count))
-
-
-def _write(file: Path, latents: dict[int, Tensor], faults: dict[int, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    tensors = {str(index): latent.contiguous() for index, latent in latents.items()}
-    save_file(tensors, part, {"faults": json.dumps(faults)})
-    part.replace(file)
-
-
-def _read(file: Path) -> tuple[dict[int, Tensor], dict[int, str]] | None:
-    """What `_write` wrote, or None where there is nothing that can be read."""
-    if not file.is_file():
-        return None
+    pixels: dict[str, np.ndarray], processor: TransfusionProcessor, latents: dict[str, Tensor], faults: dict[str, str]
+) -> None:
+    """Encode a batch into `latents`, in halves where memory does not suffice or a picture has a fault."""
+    if not pixels:
+        return
     try:
-        with safe_open(file, framework="pt") as stored:
-            faults = json.loads(stored.metadata()["faults"])
-            latents = {int(name): stored.get_tensor(name) for name in stored.keys()}
-    except SafetensorError as error:
-        logger.warning("The latent cache %s cannot be read (%s); the pictures are encoded again.", file, error)
-        return None
-    return latents, {int(index): reason for index, reason in faults.items()}
+        encoded = processor.encode_images(list(pixels.values()))
+    except (ValueError, RuntimeError) as error:
+        lacks_memory = should_reduce_batch_size(error)
+        if not lacks_memory and not isinstance(error, ValueError) or lacks_memory and len(pixels) == 1:
+            raise
+        if len(pixels) == 1:
+            faults |= dict.fromkeys(pixels, str(error))
+            return
+        clear_device_cache(garbage_collection=True)
+        halves = list(pixels)[: len(pixels) // 2], list(pixels)[len(pixels) // 2 :]
+    else:
+        latents |= {key: latent.cpu() for key, latent in zip(pixels, encoded, strict=True)}
+        return
+    for half in halves:
+        _encode({key: pixels[key] for key in half}, processor, latents, faults)
 
 
-__all__ = ["EncodedPictures", "cache_key", "encode_pictures"]
+def _digest(picture: Encodable) -> str:
+    source = picture.source if isinstance(picture.source, bytes) else picture.source.read_bytes()
+    return hashlib.sha256(source).hexdigest()[:32]
+
+
+def _checksum(latent: Tensor) -> int:
+    return zlib.crc32(latent.view(-1).view(torch.uint8).numpy())
+
+
+__all__ = [
+    "EncodedPictures",
+    "LatentStore",
+    "StoredLatents",
+    "encode_missing",
+    "encode_pictures",
+    "open_latents",
+    "settings_key",
+]

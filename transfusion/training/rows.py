@@ -1,6 +1,5 @@
 """Rows for the collator, from cached latents: captioned pictures and texts, and pictures with their edits."""
 
-import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -9,32 +8,36 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.mixing import stable_seed
 from ..data.pictures import CaptionedPicture
 from ..latents import patchify
 from ..processing import IGNORE_INDEX, TransfusionProcessor
 from .states import fingerprint
 
 
-_SEED_BITS = 63
+SEED_BITS = 63
 
 
-def stable_seed(*parts: int) -> int:
-    """A seed of 63 bits from integers, the same in every process, on every machine."""
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class SeededRows(Dataset):
-    """A dataset whose choices depend on `seed`, epoch and index alone."""
+class Seeded:
+    """What has a seed and is told the epoch."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         # In shared memory, so that workers which live on from epoch to epoch see it change.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
+    @property
+    def epoch(self) -> int:
+        """The epoch whose choices are made."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Make the choices of `epoch` from now on."""
         self._epoch.fill_(epoch)
+
+
+class SeededRows(Seeded, Dataset):
+    """A dataset whose choices depend on `seed`, epoch and index alone."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -43,7 +46,7 @@ class SeededRows(Dataset):
         """What chooses for the row `index` in this epoch; IndexError where there is no such row."""
         if not 0 <= index < len(self):
             raise IndexError(f"index is {index}; there are {len(self)} rows.")
-        return random.Random(stable_seed(self.seed, int(self._epoch), index))
+        return random.Random(stable_seed(self.seed, self.epoch, index))
 
 
 class CaptionedPictureRows(SeededRows):
@@ -128,12 +131,12 @@ class CaptionedPictureRows(SeededRows):
             "labels": labels,
             "latent_patches": self.patches[index],
             "image_grids": self.grids[index],
-            "sample_seed": chooser.getrandbits(_SEED_BITS),
+            "sample_seed": chooser.getrandbits(SEED_BITS),
             "sample_id": picture.id,
         }
 
     def _text_row(self, number: int) -> dict[str, Any]:
-        position = int(self._epoch) * self.num_texts + number
+        position = self.epoch * self.num_texts + number
         chosen = self.text_order[position % len(self.texts)]
         input_ids, labels = self._encode(self.texts[chosen], False, None)
         return {"input_ids": input_ids, "labels": labels, "sample_id": f"text {chosen}"}
@@ -217,9 +220,9 @@ class EditRows(SeededRows):
             "latent_patches": row["latent_patches"],
             "image_grids": row["image_grids"],
             "image_loss_mask": torch.tensor([False, True]),
-            "sample_seed": chooser.getrandbits(_SEED_BITS),
+            "sample_seed": chooser.getrandbits(SEED_BITS),
             "sample_id": f"edit {index}",
         }
 
 
-__all__ = ["CaptionedPictureRows", "EditRows", "SeededRows", "stable_seed"]
+__all__ = ["CaptionedPictureRows", "EditRows", "Seeded", "SeededRows"]

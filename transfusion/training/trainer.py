@@ -28,6 +28,7 @@ from .averaging import EmaCallback
 from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
 from .collator import IGNORE_INDEX, TransfusionDataCollator
 from .resuming import ResumingTrainer, Snapshot
+from .sharding import SharedStream, divide
 from .speed import not_compiling
 
 
@@ -35,6 +36,9 @@ logger = logging.get_logger(__name__)
 
 # Paths of this machine, and secrets; they mean nothing elsewhere.
 PRIVATE_ARGUMENTS = ("deepspeed", "hub_token", "logging_dir", "output_dir", "resume_from_checkpoint", "run_name")
+
+# Batches as each process makes them: slices of one would cut images.
+UNDIVIDED_BATCHES = {"dispatch_batches": False, "split_batches": False, "even_batches": True}
 
 
 def count_targets(batch: dict[str, Any], config: Any) -> Tensor:
@@ -135,6 +139,8 @@ class TransfusionTrainer(ResumingTrainer):
         self._ema = None if ema_decay is None else EmaCallback(ema_decay)
         self._budget = None if max_minutes is None else TimeBudget(max_minutes)
         self._check_settings()
+        for name, value in UNDIVIDED_BATCHES.items():
+            setattr(self.accelerator.dataloader_config, name, value)
         if self.args.ddp_find_unused_parameters is None:
             self.args.ddp_find_unused_parameters = False  # every batch uses every parameter
         self.add_callback(EpochCallback())
@@ -150,14 +156,6 @@ class TransfusionTrainer(ResumingTrainer):
             raise ValueError(
                 f"One process sees {self.args.n_gpu} GPUs and would cut batches where an image is in two; start one "
                 f"process for each, `torchrun --nproc_per_node {self.args.n_gpu} ...`, or set CUDA_VISIBLE_DEVICES."
-            )
-        dispatches = self.args.accelerator_config.dispatch_batches
-        if dispatches is None:
-            dispatches = isinstance(self.train_dataset, IterableDataset)
-        if dispatches and self.accelerator.num_processes > 1:
-            raise ValueError(
-                "Batches would be dispatched from one process and cut where an image is in two; set "
-                'accelerator_config={"dispatch_batches": False}.'
             )
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError(
@@ -201,6 +199,27 @@ class TransfusionTrainer(ResumingTrainer):
         vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}  # group norms too
         names = super().get_decay_parameter_names(model)
         return [name for name in names if name not in vectors and not is_undecayed_parameter(name)]
+
+    # -- batches
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """As Trainer makes it, with rows divided among processes without loss or repetition (see sharding.py)."""
+        is_stream = isinstance(dataset, IterableDataset)
+        rows = SharedStream(dataset, batch_size) if is_stream else dataset
+        loader = super()._get_dataloader(rows, description, batch_size, sampler_fn, is_training, dataloader_key)
+        if is_training or is_stream:
+            loader = divide(loader)
+        if dataloader_key is not None and self.args.dataloader_persistent_workers:
+            self._eval_dataloaders[dataloader_key] = loader
+        return loader
 
     # -- losses
 

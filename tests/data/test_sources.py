@@ -1,0 +1,116 @@
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.tiny_sources import caption, png, write_folder, write_pairs, write_parquet
+from transfusion.data.documents import Picture, Text
+from transfusion.data.sources import LineRecords, TableRecords, expand, open_source
+from transfusion.data.specs import SourceSpec
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "webdataset"])
+def test_every_kind_gives_the_same_documents_in_any_process(kind: str, tmp_path: Path) -> None:
+    documents = open_source(write_pairs(kind, tmp_path / "set", 5), tmp_path / "cache")
+    copied = copy.deepcopy(documents)
+    found = {}
+    for index in (3, 0, 4, 1, 2):
+        text, picture = copied[index].parts
+        assert isinstance(text, Text) and isinstance(picture, Picture) and copied[index].is_pair
+        found[text.phrasings] = picture.read()
+        assert documents[index].id == copied[index].id
+    assert found == {(caption(number),): png(number) for number in range(5)} and len(documents) == 5
+
+
+def test_lines_hold_documents_of_any_kind(tmp_path: Path) -> None:
+    rows = [
+        {"parts": [{"type": "text", "text": "see"}, {"type": "image", "file_name": "./sub/a.png"}]},
+        "not json",
+        [1],
+        "",
+        {"parts": [{"type": "image", "file_name": "b.png"}, {"type": "text", "text": "ü"}]},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) if not isinstance(row, str) else row for row in rows]
+    folder = write_folder(tmp_path, lines, {"sub/a.png": png(1), "b.png": png(2), "c.png": png(3)})
+    records = LineRecords(folder)
+    assert len(records) == 2 and records.where(1).endswith("metadata.jsonl:5")
+    assert [fault.where.rsplit("/")[-1] for fault in records.faults] == [
+        "metadata.jsonl:2",
+        "metadata.jsonl:3",
+        "c.png",
+    ]
+    assert [fault.reason.split(":")[0] for fault in records.faults] == [
+        "not JSON",
+        "a list, not an object",
+        "no row in metadata.jsonl",
+    ]
+    documents = open_source(SourceSpec("imagefolder", str(folder)))
+    assert documents[0].pictures[0].read() == png(1) and documents[1].parts[1] == Text(("ü",))
+    assert {file.name for file in records.files()} == {"metadata.jsonl", "a.png", "b.png"}
+
+
+def test_a_file_of_lines_beside_other_pictures(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.png").write_bytes(png(1))
+    documents = open_source(SourceSpec("jsonl", str(tmp_path / "texts.jsonl")))
+    assert [document.parts for document in documents] == [(Text(("one",)),), (Text(("two",)),)]
+    assert not documents.records.faults
+    with pytest.raises(ValueError, match="is no file"):
+        open_source(SourceSpec("jsonl", str(tmp_path / "absent.jsonl")))
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_pictures_of_tables_are_read_when_they_are_asked_for(as_struct: bool, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/2.png").write_bytes(png(2))
+    pictures: list[Any] = [png(number) for number in range(5)]
+    if as_struct:
+        pictures = [{"bytes": content, "path": "x"} for content in pictures]
+        pictures[2] = {"bytes": None, "path": "files/2.png"}
+    pictures[3] = None
+    columns = {"picture": pictures, "text": [f"row {n}" for n in range(5)], "size": list(range(5))}
+    documents = open_source(
+        SourceSpec("parquet", str(write_parquet(tmp_path / "a.parquet", columns)), picture="picture"), tmp_path / "c"
+    )
+    for number in (0, 1, 2, 4):
+        assert documents[number].pictures[0].read() == png(number)
+    with pytest.raises(ValueError, match="no picture"):
+        documents[3]
+    assert not isinstance(documents.records[0]["picture"], bytes) and documents.records[4]["size"] == 4
+
+
+def test_a_parquet_file_that_cannot_be_read_is_a_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pairs("parquet", tmp_path, 6)
+    file = tmp_path / "1.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with caplog.at_level(logging.CRITICAL):
+        records = TableRecords(tmp_path, tmp_path / "cache")
+    assert len(records) == 3 and [fault.where for fault in records.faults] == [str(file)]
+    assert "cannot be read" in records.faults[0].reason
+    with pytest.raises(ValueError, match="cannot be read"):
+        TableRecords(file, tmp_path / "cache")
+
+
+def test_files_of_a_path(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar", "c.tar.gz"):
+        (tmp_path / name).touch()
+    assert [file.name for file in expand(tmp_path, ".tar")] == ["a.tar", "b.tar"]
+    assert [file.name for file in expand(tmp_path / "*.tar", ".tar")] == ["a.tar", "b.tar"]
+    assert [file.name for file in expand(tmp_path / "b.tar", ".tar")] == ["b.tar"]
+    with pytest.raises(ValueError, match=r"c.tar.gz is no .tar file.*uncompressed"):
+        expand(tmp_path / "c.tar.gz", ".tar")
+    for absent in ("x.tar", "*.parquet"):
+        with pytest.raises(ValueError, match="has no .tar files"):
+            expand(tmp_path / absent, ".tar")
+
+
+def test_columns_that_are_not_there(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", {"photo": [b"x"], "title": ["y"]})
+    with pytest.raises(ValueError, match="has the columns photo, title; name those of picture and caption"):
+        open_source(SourceSpec("parquet", str(file)), tmp_path / "cache")
+    with pytest.raises(ValueError, match="has no rows"):
+        write_folder(tmp_path / "f", [], {})
+        open_source(SourceSpec("imagefolder", str(tmp_path / "f")))

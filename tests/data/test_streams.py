@@ -1,0 +1,101 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, Image, IterableDataset, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterable
+
+from tests.data.tiny_sources import caption, png, write_pairs
+from transfusion.data.documents import Columns, Text
+from transfusion.data.specs import SourceSpec
+from transfusion.data.streams import RecordStream, open_stream
+
+
+def stream_of(count: int, block: int = 4, seed: int = 0, shards: int = 1) -> RecordStream:
+    rows = Dataset.from_dict({"text": [str(number) for number in range(count)]})
+    return RecordStream(rows.to_iterable_dataset(num_shards=min(shards, count)), block=block, seed=seed)
+
+
+def numbers(stream: RecordStream, epoch: int, start: int = 0) -> list[int]:
+    found = list(stream.records(epoch, start))
+    assert all(record["text"] == str(number) for number, record in found)
+    return [number for number, _ in found]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.integers(1, 5), st.data())
+def test_no_row_is_lost_or_comes_twice_and_resuming_is_exact(
+    count: int, block: int, epoch: int, shards: int, data: st.DataObject
+) -> None:
+    stream = stream_of(count, block, seed=5, shards=shards)
+    order = numbers(stream, epoch)
+    for start in range(0, count, block):
+        assert sorted(order[start : start + block]) == list(range(start, min(start + block, count)))
+    start = data.draw(st.integers(0, count))
+    assert numbers(stream, epoch, start) == order[start:]
+
+
+def test_orders_differ_between_epochs_blocks_and_seeds() -> None:
+    stream = stream_of(16, 8)
+    first = numbers(stream, 0)
+    assert first == numbers(stream_of(16, 8), 0)
+    assert [number - 8 for number in first[8:]] != first[:8]
+    assert numbers(stream, 1) != first != numbers(stream_of(16, 8, seed=1), 0)
+    assert numbers(stream_of(5, 1), 0) == [0, 1, 2, 3, 4]
+
+
+def test_blocks_that_are_through_are_not_read() -> None:
+    read: list[int] = []
+
+    def rows() -> Any:
+        for number in range(100):
+            read.append(number)
+            yield {"text": str(number)}
+
+    stream = RecordStream(IterableDataset.from_generator(rows), block=10)
+    read.clear()
+    next(stream.records(0, 0))
+    assert len(read) == 10
+
+
+class Numbers(TorchIterable):
+    def __init__(self, stream: RecordStream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Any:
+        return (number for number, _ in self.stream.records(0))
+
+
+def test_every_worker_reads_all_shards() -> None:
+    stream = stream_of(12, 4, shards=3)
+    found = [int(batch) for batch in DataLoader(Numbers(stream), batch_size=None, num_workers=2)]
+    assert sorted(found) == sorted([*range(12), *range(12)])
+
+
+def test_a_folder_is_streamed_with_pictures_as_bytes(tmp_path: Path) -> None:
+    spec = write_pairs("parquet", tmp_path / "set", 5)
+    stream = open_stream(SourceSpec("stream", spec.path), block=2)
+    found = {}
+    for number, record in stream.records(0):
+        document = stream.document(record, f"row {number}")
+        assert isinstance(document.parts[0], Text)
+        found[document.parts[0].phrasings] = document.pictures[0].read()
+    assert found == {(caption(number),): png(number) for number in range(5)}
+
+
+def test_pictures_are_not_decoded_by_datasets() -> None:
+    rows = Dataset.from_dict({"image": [{"bytes": b"no picture", "path": None}], "text": ["x"]})
+    typed = rows.cast_column("image", Image()).cast_column("text", Value("string"))
+    stream = RecordStream(typed.to_iterable_dataset())
+    [(_, record)] = stream.records(0)
+    assert stream.document(record, "here").pictures[0].read() == b"no picture"
+
+
+def test_bad_streams() -> None:
+    with pytest.raises(ValueError, match="has no records"):
+        RecordStream(IterableDataset.from_generator(lambda: iter([])))
+    with pytest.raises(ValueError, match="caption is the column 'x', and stream has text"):
+        RecordStream(Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(), Columns(caption="x"))

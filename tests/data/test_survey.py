@@ -1,0 +1,111 @@
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.data.tiny_sources import caption, png, write_folder, write_pairs
+from transfusion.data.documents import Document
+from transfusion.data.pictures import DataFault, DataReport
+from transfusion.data.sources import open_source
+from transfusion.data.specs import SourceSpec
+from transfusion.data.survey import PictureKey, Survey, cached_survey, require_usable, survey
+
+
+LIMIT = 10_000
+
+
+def folder_with_faults(root: Path) -> Path:
+    rows = [
+        {"file_name": "0.png", "text": caption(0), "split": "train"},
+        {"file_name": "words.png", "text": "x", "split": "train"},
+        {"file_name": "large.png", "text": "x", "split": "train"},
+        {"file_name": "../out.png", "text": "x", "split": "train"},
+        {"file_name": "1.png", "text": caption(1), "split": "test"},
+        {"file_name": "absent.png", "text": "x", "split": "train"},
+        {"file_name": "2.png", "text": caption(2), "split": "train"},
+    ]
+    files = {f"{n}.png": png(n, 8, 6 + n) for n in range(3)}
+    return write_folder(root, rows, {**files, "words.png": b"words", "large.png": png(0, 200, 200)})
+
+
+def test_pictures_and_faults_of_every_row(tmp_path: Path) -> None:
+    documents = open_source(SourceSpec("imagefolder", str(folder_with_faults(tmp_path))))
+    found = survey(documents, LIMIT)
+    assert found.rows == [0, 4, 6]
+    assert found.pictures == [
+        [PictureKey(hashlib.sha256(png(n, 8, 6 + n)).hexdigest()[:32], 8, 6 + n)] for n in range(3)
+    ]
+    lines = {fault.where.rsplit(":")[-1]: fault.reason for fault in found.faults}
+    for line, reason in {"2": "cannot be opened", "3": "200 x 200 pixels", "4": "leaves the", "6": "no such"}.items():
+        assert reason in lines[line]
+    report = found.report(tmp_path)
+    assert str(report).startswith(f"{tmp_path}: 3 usable rows, 4 faults") and "metadata.jsonl:2" in str(report)
+
+
+def test_a_split_alone(tmp_path: Path) -> None:
+    documents = open_source(SourceSpec("imagefolder", str(folder_with_faults(tmp_path))))
+    assert survey(documents, LIMIT, "test").rows == [4] and survey(documents, LIMIT, "train").rows == [0, 6]
+    with pytest.raises(ValueError, match=r"No row .* has split 'valid'; they have \['test', 'train'\]"):
+        survey(documents, LIMIT, "valid")
+
+
+def test_what_a_check_refuses_is_a_fault(tmp_path: Path) -> None:
+    def check(document: Document) -> None:
+        if document.id.endswith(":2"):
+            raise ValueError("too blue")
+
+    documents = open_source(write_pairs("imagefolder", tmp_path, 3))
+    found = survey(documents, LIMIT, check=check)
+    assert found.rows == [0, 2] and [fault.reason for fault in found.faults] == ["too blue"]
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "webdataset"])
+def test_a_survey_is_kept_until_a_file_changes(kind: str, tmp_path: Path) -> None:
+    spec, cache, looked = write_pairs(kind, tmp_path / "set", 4), tmp_path / "cache", []
+
+    def look(checked: str = "") -> Survey:
+        documents = open_source(spec, cache)
+        return cached_survey(documents, spec, cache, LIMIT, lambda document: looked.append(document.id), checked)
+
+    first = look()
+    assert len(looked) == 4 and look() == first and len(looked) == 4
+    look("another check")
+    assert len(looked) == 8
+    for kept in cache.glob("survey-*.json"):
+        kept.write_text(kept.read_text()[:-5])
+    assert look() == first and len(looked) == 12
+    name = {"imagefolder": "1.png", "parquet": "0.parquet", "webdataset": "0.tar"}[kind]
+    os.utime(tmp_path / "set" / name, (5, 5))
+    assert look() == first and len(looked) == 16
+
+
+def test_without_a_cache_nothing_is_kept(tmp_path: Path) -> None:
+    spec = write_pairs("imagefolder", tmp_path / "set", 2)
+    before = sorted(tmp_path.rglob("*"))
+    cached_survey(open_source(spec), spec, None, LIMIT)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rows_are_taken_out_with_their_reason() -> None:
+    found = Survey([2, 5, 7], [[], [PictureKey("a", 1, 1)], []], [DataFault("x", "old")])
+    left = found.without({2: DataFault("two", "new"), 7: DataFault("seven", "new")})
+    assert left.rows == [5] and left.pictures == [[PictureKey("a", 1, 1)]]
+    assert [fault.where for fault in left.faults] == ["x", "two", "seven"]
+
+
+def report(usable: int, faults: int) -> DataReport:
+    return DataReport(Path("set"), usable, tuple(DataFault(f"row {n}", "bad") for n in range(faults)), "rows")
+
+
+def test_faults_are_said_up_to_a_share(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        require_usable([report(9, 1), report(5, 0)], 0.1, strict=False)
+    assert "set: 9 usable rows, 1 faults" in caplog.text and "row 0: bad" in caplog.text
+    with pytest.raises(ValueError, match="(?s)A share of 0.182 is faulty, and max_faulty is 0.1.*row 1: bad"):
+        require_usable([report(9, 2)], 0.1, strict=False)
+    with pytest.raises(ValueError, match="strict allows no fault.\n.*\n.*row 0: bad"):
+        require_usable([report(99, 1)], 0.1, strict=True)
+    with pytest.raises(ValueError, match="No row can be used"):
+        require_usable([report(0, 0)], 0.1, strict=False)

@@ -1,0 +1,176 @@
+"""One pass over the documents of a source: which can be used, and what their pictures are."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .documents import Document, picture_size
+from .pictures import DataFault, DataReport
+from .sources import Documents, Records
+from .specs import SourceSpec
+from .tars import write_json
+
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+# What reading and decoding a picture raises.
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class PictureKey:
+    """What a picture is: a hash of its bytes, and its height and width, upright."""
+
+    digest: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Usable rows of a source in order, the pictures of each, and faults."""
+
+    rows: list[int]
+    pictures: list[list[PictureKey]]
+    faults: list[DataFault]
+
+    def without(self, faults: dict[int, DataFault]) -> "Survey":
+        """The survey without the rows that have a fault, by row."""
+        kept = [place for place, row in enumerate(self.rows) if row not in faults]
+        return Survey(
+            [self.rows[place] for place in kept],
+            [self.pictures[place] for place in kept],
+            [*self.faults, *(faults[row] for row in sorted(faults))],
+        )
+
+    def report(self, path: Path) -> DataReport:
+        """How many rows can be used, and the faults."""
+        return DataReport(path, len(self.rows), tuple(self.faults), "rows")
+
+
+def survey(
+    documents: Documents,
+    max_image_pixels: int,
+    split: str | None = None,
+    check: Callable[[Document], None] | None = None,
+) -> Survey:
+    """Read every document once.
+
+    Args:
+        documents: Of one source.
+        max_image_pixels: Pictures may have so many.
+        split: Keep the rows that have this in the column `split`.
+        check: Raises a ValueError for what else makes a document unusable.
+
+    Raises:
+        ValueError: A split that no row has.
+    """
+    rows: list[int] = []
+    pictures: list[list[PictureKey]] = []
+    faults = list(documents.records.faults)
+    splits: set[str] = set()
+    for index in range(len(documents)):
+        try:
+            record = documents.records[index]
+            splits.add(str(record.get("split")))
+            if split is not None and record.get("split") != split:
+                continue
+            document = documents.document(index, record)
+            keys = [picture_key(picture.read(), max_image_pixels) for picture in document.pictures]
+            if check is not None:
+                check(document)
+        except PICTURE_ERRORS as error:
+            faults.append(DataFault(documents.records.where(index), str(error)))
+            continue
+        rows.append(index)
+        pictures.append(keys)
+    if split is not None and split not in splits:
+        raise ValueError(f"No row of {documents.records.path} has split {split!r}; they have {sorted(splits)}.")
+    return Survey(rows, pictures, faults)
+
+
+def picture_key(encoded: bytes, max_image_pixels: int) -> PictureKey:
+    """What an encoded picture is; ValueError where it is no picture or has too many pixels."""
+    return PictureKey(hashlib.sha256(encoded).hexdigest()[:32], *picture_size(encoded, max_image_pixels))
+
+
+def cached_survey(
+    documents: Documents,
+    spec: SourceSpec,
+    cache_dir: str | Path | None,
+    max_image_pixels: int,
+    check: Callable[[Document], None] | None = None,
+    checked: str = "",
+) -> Survey:
+    """As `survey`, but taken from the cache where the files have the sizes and times of last time.
+
+    Args:
+        documents, max_image_pixels, check: As for `survey`.
+        spec: Of the source.
+        cache_dir: Folder of the cache; None keeps nothing.
+        checked: What `check` depends on.
+    """
+    if cache_dir is None:
+        return survey(documents, max_image_pixels, spec.split, check)
+    identity = [_VERSION, repr(spec), max_image_pixels, checked, *_file_states(documents.records)]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    kept = Path(cache_dir) / f"survey-{digest}.json"
+    try:
+        found = json.loads(kept.read_bytes())
+        return Survey(
+            found["rows"],
+            [[PictureKey(*key) for key in keys] for keys in found["pictures"]],
+            [DataFault(*fault) for fault in found["faults"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        made = survey(documents, max_image_pixels, spec.split, check)
+    write_json(
+        kept,
+        {
+            "rows": made.rows,
+            "pictures": [[[key.digest, key.height, key.width] for key in keys] for keys in made.pictures],
+            "faults": [[fault.where, fault.reason] for fault in made.faults],
+        },
+    )
+    return made
+
+
+def _file_states(records: Records) -> Iterator[tuple[str, int, int]]:
+    for file in records.files():
+        state = file.stat() if file.is_file() else None
+        yield str(file), state.st_size if state else -1, state.st_mtime_ns if state else -1
+
+
+def require_usable(reports: Sequence[DataReport], max_faulty: float, strict: bool) -> None:
+    """Log the faults of reports.
+
+    Raises:
+        ValueError: No usable row in one; any fault, if `strict`; or a larger share of faults than `max_faulty`.
+    """
+    for report in reports:
+        share = len(report.faults) / max(report.num_pictures + len(report.faults), 1)
+        if not report.num_pictures:
+            raise ValueError(f"No row can be used.\n{report}")
+        if report.faults and strict:
+            raise ValueError(f"strict allows no fault.\n{report}")
+        if share > max_faulty:
+            raise ValueError(f"A share of {share:.3f} is faulty, and max_faulty is {max_faulty}.\n{report}")
+        if report.faults:
+            logger.warning("%s", report)
+
+
+__all__ = [
+    "PICTURE_ERRORS",
+    "PictureKey",
+    "Survey",
+    "cached_survey",
+    "picture_key",
+    "require_usable",
+    "survey",
+]

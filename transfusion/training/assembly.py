@@ -1,0 +1,98 @@
+"""`build_rows`: what a `DataSpec` states -> rows for the collator."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from ..data.documents import Document
+from ..data.pictures import DataFault
+from ..data.sources import Documents, open_source
+from ..data.specs import DataSpec, SourceSpec
+from ..data.streams import open_stream
+from ..data.survey import Survey, cached_survey, require_usable
+from ..processing import TransfusionProcessor
+from .document_rows import DocumentRows, RowMaker, StreamRows
+from .latent_cache import LatentStore, encode_missing, open_latents, settings_key
+
+
+def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -> DocumentRows | StreamRows:
+    """Open the sources of a specification, look at every document once, encode the pictures, and mix.
+
+    With several processes and a `cache_dir`, let the first of them do it before the others, which then find what it
+    made: `with training_arguments.main_process_first(): build_rows(...)`.
+
+    Args:
+        spec: What to train on.
+        processor: Makes token ids, labels and latents.
+        seed: Of all orders and choices.
+
+    Returns:
+        A dataset of which `reports` says what was found; of a stream, one to iterate over.
+
+    Raises:
+        ValueError: Sources that cannot be read, columns that are not there, too many faults.
+    """
+    maker = RowMaker(processor, spec.caption_first, spec.buckets, spec.flip, spec.crop)
+    if spec.is_stream:
+        stream = open_stream(spec.sources[0], spec.shuffle_block, seed)
+        return StreamRows(stream, maker, spec.max_faulty, spec.strict, spec.max_length, seed)
+    store = None if spec.cache_dir is None or spec.augments else open_latents(spec.cache_dir, processor, spec.buckets)
+    sources, surveys = [], []
+    for source in spec.sources:
+        documents = open_source(source, spec.cache_dir)
+        found = _survey(documents, source, spec, maker, decode=store is None)
+        if store is not None:
+            found = _encode(documents, found, store, maker)
+        if spec.max_length is not None:
+            found = found.without(_too_long(documents, found, maker, spec.max_length))
+        sources.append(documents)
+        surveys.append(found)
+    reports = [found.report(documents.records.path) for documents, found in zip(sources, surveys, strict=True)]
+    require_usable(reports, spec.max_faulty, spec.strict)
+    weights = [source.weight for source in spec.sources if source.weight is not None] or None
+    maker = RowMaker(processor, spec.caption_first, spec.buckets, spec.flip, spec.crop, store)
+    return DocumentRows(sources, surveys, maker, weights, spec.epoch_rows, reports, seed)
+
+
+def _survey(documents: Documents, source: SourceSpec, spec: DataSpec, maker: RowMaker, decode: bool) -> Survey:
+    """Look at every document; with `decode` at every pixel too, as nothing else will before training."""
+
+    def check(document: Document) -> None:
+        for picture in document.pictures:
+            maker.pixels(picture)
+
+    limit = maker.processor.image_processor.max_image_pixels
+    checked = settings_key(maker.processor, spec.buckets) if decode else ""
+    return cached_survey(documents, source, spec.cache_dir, limit, check if decode else None, checked)
+
+
+def _encode(documents: Documents, found: Survey, store: LatentStore, maker: RowMaker) -> Survey:
+    """Encode what the store lacks; the survey without the rows of pictures that cannot be."""
+
+    def pixels(row: int, number: int) -> np.ndarray:
+        return maker.pixels(documents[row].pictures[number])
+
+    def jobs() -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+        for row, keys in zip(found.rows, found.pictures, strict=True):
+            for number, key in enumerate(keys):
+                yield key.digest, partial(pixels, row, number)
+
+    encode_missing(store, jobs(), maker.processor)
+    faults = {}
+    for row, keys in zip(found.rows, found.pictures, strict=True):
+        if reasons := [store.faults[key.digest] for key in keys if key.digest in store.faults]:
+            faults[row] = DataFault(documents.records.where(row), reasons[0])
+    return found.without(faults)
+
+
+def _too_long(documents: Documents, found: Survey, maker: RowMaker, max_length: int) -> dict[int, DataFault]:
+    faults = {}
+    for row, keys in zip(found.rows, found.pictures, strict=True):
+        if (length := maker.longest(documents[row], keys)) > max_length:
+            reason = f"{length} tokens, and max_length is {max_length}"
+            faults[row] = DataFault(documents.records.where(row), reason)
+    return faults
+
+
+__all__ = ["build_rows"]
