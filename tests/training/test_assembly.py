@@ -1,0 +1,209 @@
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tests.data.tiny_sources import caption, png, write_folder, write_pairs, write_parquet, write_tar
+from tests.tiny import tiny_model
+from tests.tiny_processor import tiny_processor, tiny_vae
+from transfusion.data.specs import DataSpec, SourceSpec
+from transfusion.latents import patchify
+from transfusion.training.assembly import build_rows
+from transfusion.training.collator import TransfusionDataCollator
+from transfusion.training.document_rows import DocumentRows, StreamRows
+from transfusion.training.sharding import SharedBatchSampler, SharedRows, SharedStream
+
+
+KINDS = ("imagefolder", "parquet", "webdataset", "stream")
+AUGMENTED = {"buckets": ((8, 8), (4, 12)), "flip": True, "crop": "random"}
+
+
+def processor() -> Any:
+    return tiny_processor(tiny_vae(), size=16)
+
+
+def as_plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+
+
+def source(kind: str, folder: Path, count: int = 6) -> SourceSpec:
+    return write_pairs(kind, folder, count)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_rows(kind: str, cached: bool, tmp_path: Path) -> None:
+    given = processor()
+    spec = DataSpec((source(kind, tmp_path / "set"),), cache_dir=str(tmp_path / "cache") if cached else None)
+    if kind != "stream":
+        assert str(build_rows(spec, given).reports[0]).endswith(": 6 usable rows, 0 faults")  # type: ignore[union-attr]
+    rows = list(iter_rows(build_rows(spec, given)))
+    ids = {tuple(row["labels"][row["labels"] != -100].tolist()) for row in rows}
+    assert len(rows) == 6 and len(ids) == 6
+    latents = {tuple(row["latent_patches"].flatten().tolist()) for row in rows}
+    expected = given.encode_images(
+        given.image_processor([Image.open(io.BytesIO(png(n))) for n in range(6)])["pixel_values"]
+    )
+    for latent in expected:
+        found = [torch.tensor(values) for values in latents]
+        assert min((one - patchify(latent, 2).flatten()).abs().max() for one in found) < 1e-5
+
+
+def iter_rows(rows: Any) -> Any:
+    return (rows[index] for index in range(len(rows))) if isinstance(rows, DocumentRows) else iter(rows)
+
+
+def loaded(rows: Any, num_workers: int, num_processes: int, start: int = 0, batch: int = 6) -> list[dict[str, Any]]:
+    """The rows of an epoch in all processes, in the order of the steps, without those that stand in."""
+    steps: list[list[list[Any]]] = []
+    size = batch // num_processes
+    for index in range(num_processes):
+        if isinstance(rows, StreamRows):
+            shared = SharedStream(rows, size, num_processes, index)
+            loader = DataLoader(shared, size, num_workers=num_workers, collate_fn=list)
+        else:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(rows.epoch)).tolist()[start:]
+            sampler = SharedBatchSampler(order, size, False, num_processes, index)
+            loader = DataLoader(SharedRows(rows), batch_sampler=sampler, num_workers=num_workers, collate_fn=list)
+        steps.append(list(loader))
+    return [
+        as_plain(row)
+        for step in zip(*steps, strict=True)
+        for share in step
+        for row in share
+        if (row["labels"] != -100).any()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "stream"])
+def test_rows_depend_neither_on_workers_nor_processes_nor_on_resuming(kind: str, tmp_path: Path) -> None:
+    """With flips, random crops and phrasings, 17 rows of which neither 2 nor 3 processes have equal parts."""
+    spec = DataSpec((source(kind, tmp_path / "set", 17),), shuffle_block=5, **AUGMENTED)  # type: ignore[arg-type]
+    rows = build_rows(spec, tiny_processor(), seed=3)
+    for epoch in (0, 1):
+        rows.set_epoch(epoch)
+        expected = loaded(rows, 0, 1)
+        assert len(expected) == len({row["sample_id"] for row in expected}) == 17
+        for num_workers, num_processes in ((2, 1), (0, 2), (0, 3), (2, 3)):
+            assert loaded(rows, num_workers, num_processes) == expected
+    again = build_rows(spec, tiny_processor(), seed=3)
+    again.set_epoch(1)
+    if isinstance(again, StreamRows):
+        again.resume_at(1, 12)
+    assert loaded(again, 0, 2, start=12) == expected[12:]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 12), num_processes=st.integers(1, 4), batch=st.integers(1, 3))
+def test_no_row_is_lost_or_repeated(count: int, num_processes: int, batch: int, tmp_path: Path) -> None:
+    folder = tmp_path / str(count)
+    spec = DataSpec((source("imagefolder", folder, count),))
+    rows = build_rows(spec, tiny_processor())
+    names = [row["sample_id"] for row in loaded(rows, 0, num_processes, batch=batch * num_processes)]
+    assert sorted(names) == sorted(f"{folder}/metadata.jsonl:{number + 1}" for number in range(count))
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    texts = write_parquet(tmp_path / "texts.parquet", {"text": [f"text {n}" for n in range(4)]})
+    edits = [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "then"},
+        {"type": "image", "image": "b.png"},
+    ]
+    members = [("1.a.png", png(1)), ("1.b.png", png(2)), ("1.json", json.dumps({"parts": edits}).encode())]
+    sources = (
+        SourceSpec("imagefolder", source("imagefolder", tmp_path / "set").path, weight=2),
+        SourceSpec("parquet", str(texts), weight=1),
+        SourceSpec("webdataset", str(write_tar(tmp_path / "a.tar", members)), weight=1),
+    )
+    rows = build_rows(DataSpec(sources, epoch_rows=16, cache_dir=str(tmp_path / "cache")), tiny_processor())
+    assert isinstance(rows, DocumentRows) and len(rows) == 16
+    kinds = [len(row.get("image_grids", ())) for row in iter_rows(rows)]
+    assert [kinds.count(number) for number in range(3)] == [4, 8, 4]
+    batch = TransfusionDataCollator(_config(rows.maker.processor))(list(iter_rows(rows)))
+    assert batch["input_ids"].shape[0] == 16 and len(batch["image_grids"]) == 16
+
+
+def _config(given: Any) -> Any:
+    ids = {name: getattr(given, name) for name in ("boi_token_id", "eoi_token_id", "image_token_id")}
+    return tiny_model(vocab_size=len(given.tokenizer), bos_token_id=None, eos_token_id=1, **ids).config
+
+
+def faulty_source(folder: Path) -> SourceSpec:
+    rows = [{"file_name": f"{n}.png", "text": caption(n)} for n in range(8)]
+    files = {f"{n}.png": png(n, 30, 30) for n in range(8)}
+    files |= {"2.png": files["2.png"][:500], "5.png": b"words"}
+    return SourceSpec("imagefolder", str(write_folder(folder, rows, files)))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_faulty_rows_are_left_out_and_said(cached: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = str(tmp_path / "cache") if cached else None
+    spec = DataSpec((faulty_source(tmp_path / "set"),), max_faulty=0.3, cache_dir=cache)
+    for _ in range(1 + cached):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            rows = build_rows(spec, tiny_processor())
+        assert isinstance(rows, DocumentRows) and len(rows) == 6 and len(list(iter_rows(rows))) == 6
+        places = sorted(fault.where.rsplit(":")[-1] for fault in rows.reports[0].faults)
+        assert places == ["3", "6"] and "6 usable rows, 2 faults" in caplog.text
+    with pytest.raises(ValueError, match="(?s)strict allows no fault.*metadata.jsonl:3: .*truncated"):
+        build_rows(DataSpec(spec.sources, max_faulty=0.3, cache_dir=cache, strict=True), tiny_processor())
+    with pytest.raises(ValueError, match="A share of 0.250 is faulty, and max_faulty is 0.1"):
+        build_rows(DataSpec(spec.sources, cache_dir=cache), tiny_processor())
+
+
+def test_documents_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", {"text": ["word " * n for n in (1, 2, 30, 3, 50)]})
+    spec = DataSpec((SourceSpec("parquet", str(file)),), cache_dir=str(tmp_path / "c"), max_length=60, max_faulty=0.5)
+    rows = build_rows(spec, tiny_processor())
+    assert isinstance(rows, DocumentRows) and max(len(row["input_ids"]) for row in iter_rows(rows)) <= 60
+    assert len(rows) == 3 and "max_length is 60" in rows.reports[0].faults[0].reason
+
+
+def test_cached_pictures_are_never_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = DataSpec((source("webdataset", tmp_path / "set"),), cache_dir=str(tmp_path / "cache"))
+    first = [as_plain(row) for row in iter_rows(build_rows(spec, processor()))]
+    given = processor()
+    monkeypatch.setattr(given, "encode_images", nothing_to_encode)
+    monkeypatch.setattr("transfusion.data.tars.Member.read", read_text_alone)
+    assert [as_plain(row) for row in iter_rows(build_rows(spec, given))] == first
+
+
+def nothing_to_encode(pixels: list[Any]) -> list[Any]:
+    assert not pixels
+    return []
+
+
+def read_text_alone(member: Any) -> bytes:
+    assert member.name.endswith("txt"), member.name
+    with open(member.file, "rb") as stream:
+        stream.seek(member.offset)
+        return stream.read(member.size)
+
+
+def test_augmented_pictures_are_not_cached(tmp_path: Path) -> None:
+    spec = DataSpec((source("imagefolder", tmp_path / "set"),), cache_dir=str(tmp_path / "cache"), **AUGMENTED)  # type: ignore[arg-type]
+    rows = build_rows(spec, tiny_processor())
+    assert not list((tmp_path / "cache").glob("latents-*"))
+    patches = []
+    for epoch in range(6):
+        rows.set_epoch(epoch)
+        patches.append({tuple(row["latent_patches"].flatten().tolist()) for row in iter_rows(rows)})
+    assert len(set().union(*patches)) > 6
+
+
+def test_a_split_is_kept(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{n}.png", "text": caption(n), "split": "ab"[n % 2]} for n in range(4)]
+    write_folder(tmp_path, rows, {f"{n}.png": png(n) for n in range(4)})
+    spec = DataSpec((SourceSpec("imagefolder", str(tmp_path), split="b"),))
+    built = build_rows(spec, tiny_processor())
+    assert sorted(row["sample_id"].rsplit(":")[-1] for row in iter_rows(built)) == ["2", "4"]
