@@ -1,5 +1,10 @@
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +12,12 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from tests.tiny import tiny_model
-from tests.training.tiny_rows import RowList, ragged_rows, training_row
+from tests.training.tiny_rows import RowList, largest_difference, ragged_rows, training_row
+from tests.training.uneven_processes import CASES, run
 from transfusion.training.collator import TransfusionDataCollator
 from transfusion.training.sharding import SharedBatchSampler, SharedRows, SharedStream, divide, share_of, unlearned
 from transfusion.training.trainer import count_targets
@@ -187,3 +194,21 @@ def test_resuming_skips_batches() -> None:
     whole = numbers(divide(prepared(rows, 1, sampler=SequentialSampler(rows))))
     resumed = skip_first_batches(divide(prepared(rows, 1, sampler=SequentialSampler(rows))), 2)
     assert numbers(resumed) == whole[2:]
+
+
+@pytest.mark.distributed
+def test_uneven_rows_train_and_evaluate_as_in_one_process(tmp_path: Path) -> None:
+    """Known rows and streams, of 11, 7 and 1 rows over 3 processes, with dispatching and splitting asked for."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    script = [str(root / "tests/training/uneven_processes.py"), str(tmp_path), "3"]
+    finished = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    together = json.loads((tmp_path / "results.json").read_text())
+    for case in CASES:
+        alone = run(case, tmp_path, 1)
+        weights = [load_file(tmp_path / f"{case}-{count}.safetensors") for count in (1, 3)]
+        assert largest_difference(*weights) < 1e-7, case  # the scale of a loss is float32, and 3 no power of two
+        assert together[case]["losses"] == pytest.approx(alone["losses"], abs=1e-5), case
+        assert together[case]["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5), case

@@ -109,7 +109,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         for name in ("loss", "text_loss", "image_loss"):
             assert together[name] == pytest.approx(single[name], abs=1e-5), name
     assert results["epochs"] == [0, 1]
-    assert "dispatch_batches" in results["refusal"]
     assert results["evaluated"]["eval_loss"] == pytest.approx(evaluated["eval_loss"], abs=1e-5)
 
 

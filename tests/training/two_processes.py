@@ -2,12 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
-from torch.utils.data import IterableDataset
 
 from tests.tiny import tiny_model
 from tests.training.test_trainer import sgd_trainer
@@ -21,13 +18,6 @@ class EpochRows(RowList):
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
-
-
-class Stream(IterableDataset):
-    """Accelerate would dispatch its batches from the first process."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(ragged_rows())
 
 
 def main(output_dir: str, batch_size: str, accumulation_steps: str) -> None:
@@ -44,15 +34,9 @@ def main(output_dir: str, batch_size: str, accumulation_steps: str) -> None:
     )
     trainer.train()
     evaluated = trainer.evaluate(rows)
-    refusal = ""
-    try:
-        sgd_trainer(model, Stream(), output_dir, max_steps=1)
-    except ValueError as error:
-        refusal = str(error)
     if trainer.is_world_process_zero():
         save_file(model.state_dict(), Path(output_dir, "weights.safetensors"))
         results = {
-            "refusal": refusal,
             "log": trainer.state.log_history,
             "epochs": sorted(set(rows.epochs)),
             "evaluated": evaluated,
