@@ -440,17 +440,19 @@ class TransfusionProcessor(_ProcessorBase):
         if options.get("return_attention_mask") is not False:
             columns["attention_mask"] = ([[1] * len(row) for row in ids], 0)
         if labels:
-            columns["labels"] = ([[self._label(token, labels) for token in row] for row in rows], IGNORE_INDEX)
+            columns["labels"] = (self._labels(rows, labels), IGNORE_INDEX)
         if options["return_assistant_tokens_mask"]:
             columns["assistant_masks"] = ([[int(written) for _, written in row] for row in rows], 0)
         if options["return_mm_token_type_ids"]:
             columns["mm_token_type_ids"] = ([[int(i == self.image_token_id) for i in row] for row in ids], 0)
         return {name: pad_rows(values, length, side, fill) for name, (values, fill) in columns.items()}
 
-    def _label(self, token: Token, labels: bool | str) -> int:
-        token_id, written = token
-        learned = token_id not in (self.image_token_id, self.eoi_token_id) and (written or labels is True)
-        return token_id if learned else IGNORE_INDEX
+    def _labels(self, rows: list[list[Token]], labels: bool | str) -> list[list[int]]:
+        unlearned = (self.image_token_id, self.eoi_token_id)
+        return [
+            [token if token not in unlearned and (written or labels is True) else IGNORE_INDEX for token, written in row]
+            for row in rows
+        ]
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """The tokenizer's `decode`: ids -> text."""
@@ -487,7 +489,7 @@ class TransfusionProcessor(_ProcessorBase):
                     f"pixel_values holds the shape {tuple(value.shape)}; it must be (3, H, W), H and W multiples of "
                     f"{factor}, the VAE's factor."
                 )
-        if self.vae is None:
+        if self.vae is None or not pixels:
             return [require_finite(value.float(), "A picture") for value in pixels]
         return encode_pixels(self.vae, pixels, generator)
 
