@@ -450,7 +450,10 @@ class TransfusionProcessor(_ProcessorBase):
     def _labels(self, rows: list[list[Token]], labels: bool | str) -> list[list[int]]:
         unlearned = (self.image_token_id, self.eoi_token_id)
         return [
-            [token if token not in unlearned and (written or labels is True) else IGNORE_INDEX for token, written in row]
+            [
+                token if token not in unlearned and (written or labels is True) else IGNORE_INDEX
+                for token, written in row
+            ]
             for row in rows
         ]
 

@@ -19,23 +19,19 @@ def stream_of(count: int, block: int = 4, seed: int = 0, shards: int = 1) -> Rec
     return RecordStream(rows.to_iterable_dataset(num_shards=min(shards, count)), block=block, seed=seed)
 
 
-def numbers(stream: RecordStream, epoch: int, start: int = 0) -> list[int]:
-    found = list(stream.records(epoch, start))
+def numbers(stream: RecordStream, epoch: int) -> list[int]:
+    found = list(stream.records(epoch))
     assert all(record["text"] == str(number) for number, record in found)
     return [number for number, _ in found]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.integers(1, 5), st.data())
-def test_no_row_is_lost_or_comes_twice_and_resuming_is_exact(
-    count: int, block: int, epoch: int, shards: int, data: st.DataObject
-) -> None:
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.integers(1, 5))
+def test_no_row_is_lost_or_comes_twice(count: int, block: int, epoch: int, shards: int) -> None:
     stream = stream_of(count, block, seed=5, shards=shards)
     order = numbers(stream, epoch)
     for start in range(0, count, block):
         assert sorted(order[start : start + block]) == list(range(start, min(start + block, count)))
-    start = data.draw(st.integers(0, count))
-    assert numbers(stream, epoch, start) == order[start:]
 
 
 def test_orders_differ_between_epochs_blocks_and_seeds() -> None:
@@ -47,7 +43,7 @@ def test_orders_differ_between_epochs_blocks_and_seeds() -> None:
     assert numbers(stream_of(5, 1), 0) == [0, 1, 2, 3, 4]
 
 
-def test_blocks_that_are_through_are_not_read() -> None:
+def test_one_block_at_a_time_is_read() -> None:
     read: list[int] = []
 
     def rows() -> Any:
@@ -57,7 +53,7 @@ def test_blocks_that_are_through_are_not_read() -> None:
 
     stream = RecordStream(IterableDataset.from_generator(rows), block=10)
     read.clear()
-    next(stream.records(0, 0))
+    next(stream.records(0))
     assert len(read) == 10
 
 

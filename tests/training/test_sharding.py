@@ -36,8 +36,11 @@ class Deferred(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         return (make() for make in self.deferred())
 
-    def deferred(self) -> Iterator[Any]:
-        return (partial(self.make, number) for number in range(self.count))
+    def deferred(self, start: int = 0) -> Iterator[Any]:
+        return (partial(self.make, number) for number in range(start, self.count))
+
+    def blank(self) -> dict[str, Any]:
+        return {"number": -1, "labels": [-100]}
 
     def make(self, number: int) -> dict[str, Any]:
         self.made.append(number)
@@ -115,6 +118,18 @@ def test_workers_make_the_same_batches(process_index: int) -> None:
         loader = DataLoader(shared, batch_size=2, num_workers=num_workers, collate_fn=list)
         found.append([[row["number"] for row in batch] for batch in loader])
     assert found[0] == found[1] and len(found[0]) == 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("num_skipped", [0, 1, 4, 6])
+def test_batches_to_be_thrown_away_are_not_made(num_skipped: int, num_workers: int) -> None:
+    whole, resumed = (SharedStream(Deferred(21), 2, 2, 1) for _ in range(2))
+    resumed.num_skipped = num_skipped
+    found = []
+    for shared in (whole, resumed):
+        loader = DataLoader(shared, batch_size=2, num_workers=num_workers, collate_fn=list)
+        found.append([[row["number"] for row in batch] for batch in loader])
+    assert found[1] == [[-1, -1]] * num_skipped + found[0][num_skipped:]
 
 
 def test_unlearned_rows_have_no_targets_and_change_no_gradient() -> None:

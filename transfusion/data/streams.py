@@ -32,19 +32,15 @@ class RecordStream:
             raise ValueError(f"{path} has no records.")
         self.layout = (columns or Columns()).resolve(first, path)
 
-    def records(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Record]]:
-        """Number in the source, and record, of each row of an epoch from row `start` on.
-
-        Blocks that are through are skipped, not read.
-        """
-        number, skipped = divmod(start, self.block)
-        source = self.source.skip(number * self.block) if number else self.source
-        # Not iter(source), which gives each worker of a loader another part.
-        for columns in source.iter(batch_size=self.block):
+    def records(self, epoch: int) -> Iterator[tuple[int, Record]]:
+        """Number in the source, and record, of each row of an epoch; in a worker of a loader all of them too."""
+        start = 0
+        # Not iter(source), which gives each worker another part.
+        for columns in self.source.iter(batch_size=self.block):
             members = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            for place in permutation(len(members), self.seed, epoch, number)[skipped:]:
-                yield number * self.block + int(place), members[place]
-            number, skipped = number + 1, 0
+            for place in permutation(len(members), self.seed, epoch, start):
+                yield start + int(place), members[place]
+            start += len(members)
 
     def document(self, record: Record, where: str) -> Document:
         """The document of a record; ValueError where it has a fault."""

@@ -28,7 +28,7 @@ def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -
         seed: Of all orders and choices.
 
     Returns:
-        A dataset of which `reports` says what was found; of a stream, one to iterate over.
+        A dataset of which `reports` says what was found; of a stream, one to iterate over, without end.
 
     Raises:
         ValueError: Sources that cannot be read, columns that are not there, too many faults.
@@ -36,7 +36,8 @@ def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -
     maker = RowMaker(processor, spec.caption_first, spec.buckets, spec.flip, spec.crop)
     if spec.is_stream:
         stream = open_stream(spec.sources[0], spec.shuffle_block, seed)
-        return StreamRows(stream, maker, spec.max_faulty, spec.strict, spec.max_length, seed)
+        faults = {"max_faulty": spec.max_faulty, "strict": spec.strict, "max_length": spec.max_length}
+        return StreamRows(stream, maker, seed=seed, **faults)
     store = None if spec.cache_dir is None or spec.augments else open_latents(spec.cache_dir, processor, spec.buckets)
     sources, surveys = [], []
     for source in spec.sources:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..data.survey import PICTURE_ERRORS, PictureKey, Survey, picture_key
 from ..image_processing import load_picture
 from ..processing import IGNORE_INDEX, TransfusionProcessor
 from .latent_cache import LatentStore
-from .rows import SEED_BITS, Seeded, SeededRows
+from .rows import SEED_BITS, SeededRows
 
 
 logger = logging.getLogger(__name__)
@@ -194,15 +194,17 @@ class DocumentRows(SeededRows):
         return self.maker.row(document, survey.pictures[place], chooser)
 
 
-class StreamRows(Seeded, IterableDataset):
-    """Rows of a stream of records, in the order of `stream`; what is chosen depends on seed, epoch and number alone.
+class StreamRows(IterableDataset):
+    """Rows of a stream of records, pass after pass; what is chosen depends on seed, pass and number alone.
 
-    A record with a fault becomes a row of which nothing is learned, so that whoever divides the rows among processes
-    need not read them. Faults are logged, and counted in the `faults` of the process that read them.
+    Each pass has every record once, in another order. A record with a fault becomes a row of which nothing is learned,
+    so that whoever divides the rows among processes need not read them. Faults are logged, and counted in the `faults`
+    of the process that read them.
 
     Args:
         stream: Records.
         maker: Makes the rows.
+        num_passes: Over all records; None: without end, as a training that counts its steps wants it.
         max_faulty: Share of faults, of at least 100 rows, above which there is an error.
         strict: An error for each fault.
         max_length: Longest row in tokens.
@@ -213,33 +215,32 @@ class StreamRows(Seeded, IterableDataset):
         self,
         stream: RecordStream,
         maker: RowMaker,
+        num_passes: int | None = None,
         max_faulty: float = 0.1,
         strict: bool = False,
         max_length: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
-        self.stream, self.maker, self.max_length = stream, maker, max_length
-        self.max_faulty, self.strict = max_faulty, strict
+        self.stream, self.maker, self.num_passes = stream, maker, num_passes
+        self.max_faulty, self.strict, self.max_length, self.seed = max_faulty, strict, max_length, seed
         self.faults: list[DataFault] = []
         self.num_read = 0
-        self._resumed = (0, 0)  # epoch, rows
-
-    def resume_at(self, epoch: int, num_rows: int) -> None:
-        """Leave out the first `num_rows` rows of `epoch`, over all processes, which a run has learned before."""
-        self._resumed = (epoch, num_rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         turn, turns = (0, 1) if worker is None else (worker.id, worker.num_workers)
         return (make() for make in islice(self.deferred(), turn, None, turns))
 
-    def deferred(self) -> Iterator[Callable[[], dict[str, Any]]]:
-        """What makes each row, without making it, in any worker all of them."""
-        epoch = self.epoch
-        start = self._resumed[1] if epoch == self._resumed[0] else 0
-        for number, record in self.stream.records(epoch, start):
-            yield partial(self._row, epoch, number, record)
+    def deferred(self, start: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
+        """What makes each row, without making it, from row `start` on; in any worker all of them."""
+        passes = count() if self.num_passes is None else range(self.num_passes)
+        rows = (partial(self._row, number, *row) for number in passes for row in self.stream.records(number))
+        return islice(rows, start, None)
+
+    def blank(self, name: str = "blank") -> dict[str, Any]:
+        """A row of which nothing is learned."""
+        eos = self.maker.processor.tokenizer.eos_token_id
+        return {"input_ids": torch.tensor([eos]), "labels": torch.tensor([IGNORE_INDEX]), "sample_id": name}
 
     def _row(self, epoch: int, number: int, record: Any) -> dict[str, Any]:
         self.num_read += 1
@@ -253,8 +254,7 @@ class StreamRows(Seeded, IterableDataset):
             return self.maker.row(document, None, random.Random(stable_seed(self.seed, epoch, number)))
         except PICTURE_ERRORS as error:
             self._count(DataFault(where, str(error)))
-            eos = self.maker.processor.tokenizer.eos_token_id
-            return {"input_ids": torch.tensor([eos]), "labels": torch.tensor([IGNORE_INDEX]), "sample_id": where}
+            return self.blank(where)
 
     def _count(self, fault: DataFault) -> None:
         self.faults.append(fault)

@@ -18,8 +18,8 @@ from .states import fingerprint
 SEED_BITS = 63
 
 
-class Seeded:
-    """What has a seed and is told the epoch."""
+class SeededRows(Dataset):
+    """A dataset whose choices depend on `seed`, epoch and index alone."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -34,10 +34,6 @@ class Seeded:
     def set_epoch(self, epoch: int) -> None:
         """Make the choices of `epoch` from now on."""
         self._epoch.fill_(epoch)
-
-
-class SeededRows(Seeded, Dataset):
-    """A dataset whose choices depend on `seed`, epoch and index alone."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -225,4 +221,4 @@ class EditRows(SeededRows):
         }
 
 
-__all__ = ["CaptionedPictureRows", "EditRows", "Seeded", "SeededRows"]
+__all__ = ["CaptionedPictureRows", "EditRows", "SeededRows"]

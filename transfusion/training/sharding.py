@@ -108,30 +108,46 @@ class SharedRows(Dataset):
 class SharedStream(IterableDataset):
     """The rows of one process of a stream that every process reads.
 
-    With several workers, each makes every so-manieth batch of a stream with `deferred` (see `StreamRows`), so that
-    batches do not depend on the number of workers. Of another stream each worker makes batches of what it is given.
+    A stream that has `deferred` makes its rows when it is asked to (see `StreamRows`). Of its batches each of several
+    workers makes every so-manieth, so that they do not depend on the number of workers; of another stream each worker
+    makes batches of what it is given.
 
     Args:
         rows: The stream.
         batch_size: Rows of a process.
         num_processes, process_index: Who shares.
+
+    Attributes:
+        num_skipped: Batches of a deferred stream in place of which come blank ones, as a training that goes on
+            throws away those that it had before.
     """
 
     def __init__(self, rows: Any, batch_size: int, num_processes: int = 1, process_index: int = 0) -> None:
         self.rows, self.batch_size = rows, batch_size
         self.num_processes, self.process_index = num_processes, process_index
+        self.num_skipped = 0
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the stream makes rows when it is asked to."""
+        return hasattr(self.rows, "deferred")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        size = self.batch_size * self.num_processes
+        if not self.is_deferred:
+            for batch in batches_of(self.rows, size):
+                share, num_missing = share_of(batch, self.num_processes, self.process_index)
+                yield from [*share, *[unlearned(batch[0])] * num_missing]
+            return
         worker = get_worker_info()
-        is_deferred = hasattr(self.rows, "deferred")
-        turn, turns = (worker.id, worker.num_workers) if worker is not None and is_deferred else (0, 1)
-        rows = self.rows.deferred() if is_deferred else self.rows
-        batches = batches_of(rows, self.batch_size * self.num_processes)
-        for batch in islice(batches, turn, None, turns):
+        turn, turns = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for _ in range(turn, self.num_skipped, turns):
+            yield from [self.rows.blank()] * self.batch_size
+        deferred = batches_of(self.rows.deferred(self.num_skipped * size), size)
+        for batch in islice(deferred, (turn - self.num_skipped) % turns, None, turns):
             share, num_missing = share_of(batch, self.num_processes, self.process_index)
-            yield from (row() if is_deferred else row for row in share)
-            for _ in range(num_missing):
-                yield unlearned(batch[0]() if is_deferred else batch[0])
+            yield from (make() for make in share)
+            yield from [self.rows.blank()] * num_missing
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the stream the epoch, if it wants to know."""

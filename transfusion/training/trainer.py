@@ -74,13 +74,15 @@ class LossSums:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the dataset the epoch; accelerate does so only where there is one process."""
+    """Tells the dataset the epoch, as accelerate does only where there is one process, and streams where to go on."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Call `set_epoch` of a dataset that has one."""
         dataset = kwargs["train_dataloader"].dataset
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch))
+        if isinstance(dataset, SharedStream) and dataset.is_deferred and not args.ignore_data_skip:
+            dataset.num_skipped = state.global_step * args.gradient_accumulation_steps
 
 
 class TransfusionTrainer(ResumingTrainer):
