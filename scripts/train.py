@@ -3,12 +3,16 @@
     python scripts/train.py demo --output_dir runs/demo                      # the shipped emoji, 12 minutes
     python scripts/train.py demo --output_dir runs/demo --max_minutes 30
     python scripts/train.py demo --output_dir runs/mine --data my_pictures --max_steps 2000
+    python scripts/train.py run scripts/recipes/finetune.yaml                # what a file states; --resume goes on
+    torchrun --nproc_per_node 2 scripts/train.py run my_run.yaml
 
 `demo` trains the preset `demo` from scratch, with the VAE and tokenizer that ship with the package, on captioned
 pictures and WordNet definitions. --data is a folder with pictures and a metadata.jsonl of lines such as
 {"file_name": "heart.png", "text": "a red heart"}. The model, the processor, sample sheets (samples/), loss curves
 (losses.png) and TensorBoard's files go to --output_dir. With the shipped emoji a report follows: samples.png,
 captions.md and evaluation.json.
+
+`run` trains what a YAML file states, as `transfusion train` does.
 """
 
 import argparse
@@ -21,6 +25,8 @@ from rich.logging import RichHandler
 from transfusion import TransfusionPipeline
 from transfusion.evaluation import EvaluationSettings, evaluate_demo
 from transfusion.training.recipes import DEMO_MINUTES, DemoRecipe, Recipe, train_demo
+from transfusion.training.run import train_run
+from transfusion.training.specs import read_spec
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,11 +47,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--max_steps", type=int, help="steps of training, instead of minutes")
     demo.add_argument("--sample_every", type=int, default=500, help="steps between two sample sheets; 500 without")
     DemoRecipe.add_options(demo)
+    run = recipes.add_parser("run", help="what a YAML file states")
+    run.add_argument("file", type=Path, help="see scripts/recipes")
+    run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if there is one")
+    run.add_argument("--set", dest="changes", action="append", default=[], help="an entry, such as length.max_steps=9")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains what the command names."""
+    if args.recipe == "run":
+        train_run(read_spec(args.file, args.changes), args.resume)
+        return
     minutes = DEMO_MINUTES if args.max_minutes is None and args.max_steps is None else args.max_minutes
     trainer = train_demo(
         args.output_dir, DemoRecipe.from_options(args), args.data, minutes, args.max_steps, args.sample_every

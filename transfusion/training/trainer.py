@@ -30,6 +30,7 @@ from .collator import IGNORE_INDEX, TransfusionDataCollator
 from .resuming import ResumingTrainer, Snapshot
 from .sharding import SharedStream, divide
 from .speed import not_compiling
+from .watching import LevelSums, SpeedMeter
 
 
 logger = logging.get_logger(__name__)
@@ -91,7 +92,8 @@ class TransfusionTrainer(ResumingTrainer):
     Beyond transformers' Trainer:
 
     * Both losses are means over all tokens, and all patches, of an optimizer step, however it is divided into
-      accumulation steps and processes. They are logged apart, as `text_loss` and `image_loss`.
+      accumulation steps and processes. They are logged apart, as `text_loss` and `image_loss`, the latter also for
+      each quarter of the noise schedule; beside them tokens a second, MFU and the peak of memory.
     * A loss that is not finite stops the training and names the samples.
     * With `ema_decay`, an average of the weights is kept. Evaluation, `averaged_weights` and the final `save_model`
       use it; checkpoints hold both.
@@ -138,6 +140,7 @@ class TransfusionTrainer(ResumingTrainer):
         if isinstance(self.data_collator, TransfusionDataCollator):
             self.data_collator = dataclasses.replace(self.data_collator, with_sample_ids=True)
         self._train_sums, self._eval_sums = LossSums(), LossSums()
+        self._level_sums, self._meter = LevelSums(), SpeedMeter()
         self._ema = None if ema_decay is None else EmaCallback(ema_decay)
         self._budget = None if max_minutes is None else TimeBudget(max_minutes)
         self._check_settings()
@@ -256,6 +259,8 @@ class TransfusionTrainer(ResumingTrainer):
         if is_step:
             divisors = torch.stack([inputs["num_items_in_batch"], inputs["num_image_items_in_batch"]])
             self._train_sums.add(losses, divisors, counts)
+            self._level_sums.add(self.model.config, inputs, outputs["image_prediction"])
+            self._meter.add(inputs)
             # What Trainer divides by, and what data parallelism does.
             loss = loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         else:
@@ -275,7 +280,8 @@ class TransfusionTrainer(ResumingTrainer):
         """Log, with both losses where Trainer logs their sum."""
         if "loss" in logs:
             text_loss, image_loss = self._train_sums.pop_means(self).tolist()
-            logs |= {"text_loss": text_loss, "image_loss": image_loss}
+            logs |= {"text_loss": text_loss, "image_loss": image_loss, **self._level_sums.pop(self)}
+            logs |= self._meter.pop(self)
         super().log(logs, start_time)
 
     # -- evaluation
@@ -439,15 +445,19 @@ class TransfusionTrainer(ResumingTrainer):
             self._ema.checkpoint = folder
 
     def _process_state(self) -> dict[str, Any]:
-        return super()._process_state() | {"loss_sums": self._train_sums.entries}
+        sums = {"loss_sums": self._train_sums.entries, "level_sums": self._level_sums.entries}
+        return super()._process_state() | sums
 
     def _shared_sums(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        entries = [entry for state in states for entry in state["loss_sums"]]
-        return super()._shared_sums(states) | {"loss_sums": entries if self.args.process_index == 0 else []}
+        sums: dict[str, Any] = {"loss_sums": [], "level_sums": []}
+        if self.args.process_index == 0:
+            sums = {name: [entry for state in states for entry in state[name]] for name in sums}
+        return super()._shared_sums(states) | sums
 
     def _restore_process(self, state: dict[str, Any]) -> None:
         super()._restore_process(state)
-        self._train_sums.entries = [entry.to(self.args.device) for entry in state["loss_sums"]]
+        for sums, name in ((self._train_sums, "loss_sums"), (self._level_sums, "level_sums")):
+            sums.entries = [entry.to(self.args.device) for entry in state[name]]
 
     # -- sharing
 
