@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 
 from tests.tiny import tiny_config, tiny_model
 from tests.training.resumable import (
-    NUM_STEPS,
     PLAIN,
     Act,
     AugmentedRows,
@@ -323,53 +323,62 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 # -- writing
 
 
-class SlowDisk:
-    """A disk that writes nothing until it is let."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.is_free = threading.Event()
-        sync = os.fsync
-        monkeypatch.setattr(os, "fsync", lambda number: self.is_free.wait(60) and sync(number))
-
-
-def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is what was, and the next one waits."""
-    disk, seen = SlowDisk(monkeypatch), []
+@pytest.mark.parametrize(("owner", "operation", "there"), [(checkpoints, "clean_up", []), (os, "fsync", [3])])
+def test_the_training_goes_on_while_a_checkpoint_is_written(
+    owner: Any, operation: str, there: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a disk that does nothing until two steps later: what is written is what was, and the next one waits."""
+    is_free, original, seen = threading.Event(), getattr(owner, operation), []
 
     def look() -> None:
         seen.append([path.name for path in tmp_path.iterdir()])
-        disk.is_free.set()
+        is_free.set()
 
     expected = trained(tmp_path / "other", save_strategy="no")
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    monkeypatch.setattr(owner, operation, lambda *args: is_free.wait(60) and original(*args))
     assert not differences(trained(tmp_path, save_steps=3, callbacks=[Act(5, look)]), expected)
-    assert seen == [["incomplete-checkpoint-3"]]
+    assert seen == [[f"incomplete-checkpoint-{step}" for step in there]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
     assert not differences(trained(tmp_path, str(tmp_path / "checkpoint-3")), expected)
 
 
-@pytest.mark.parametrize("save_steps", [2, NUM_STEPS])
-def test_a_disk_that_is_full_stops_the_training(
-    save_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At a later step, or at the end."""
-    sync, count = os.fsync, [0]
+def full_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after so many files."""
+    left = [count]
 
     def full(number: int) -> None:
-        count[0] += 1
-        if count[0] == 20 if save_steps == 2 else count[0] == 3:
+        left[0] -= 1
+        if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    trainer = tiny_trainer(tmp_path, save_steps=save_steps)
-    with pytest.raises(OSError, match="could not be written: .*No space left"):
+
+
+def test_a_disk_that_is_full_stops_the_training_at_the_next_step(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait() -> None:
+        while not trainer._writer._pending.done():
+            pass
+
+    trainer = tiny_trainer(tmp_path, callbacks=[Act(3, wait)], save_steps=2)
+    full_after(3, monkeypatch)
+    with pytest.raises(OSError, match="checkpoint-2 could not be written: .*No space left"):
         trainer.train()
-    monkeypatch.undo()
-    assert not list(tmp_path.glob("incomplete-*"))
-    if save_steps == 2:
-        assert find_complete(tmp_path) == tmp_path / "checkpoint-2"
-        trained(tmp_path, True)
+    assert trainer.state.global_step == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_stops_the_training_at_the_end(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(whole, tmp_path, 5)
+    full_after(3, monkeypatch)
+    with pytest.raises(OSError, match="checkpoint-6 could not be written: .*No space left"):
+        trained(tmp_path, True, save_strategy="steps")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert find_complete(tmp_path) == tmp_path / "checkpoint-5"
 
 
 def with_small_files(output_dir: Path) -> None:
@@ -404,8 +413,11 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) ->
     assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
 
 
-def test_the_last_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+@pytest.mark.parametrize("best", [2, 6])
+def test_the_last_and_the_best_are_kept(best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best is loaded at the end, when it has been written."""
+    losses = iter(abs(step - best) for step in range(1, 7))
+    monkeypatch.setattr(os, "fsync", lambda number: time.sleep(0.01))
     options: dict[str, Any] = {"save_total_limit": 2, "load_best_model_at_end": True, "eval_strategy": "steps"}
     options |= {"eval_steps": 1, "ema_decay": None, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     trainer = tiny_trainer(tmp_path, **options, eval_rows=AugmentedRows())
@@ -417,9 +429,10 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(trainer, "_evaluate", evaluate)
     trainer.train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
-    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in best.items())
+    others = {2: "checkpoint-6", 6: "checkpoint-5"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{best}", others[best]}
+    weights = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in weights.items())
 
 
 def test_settings_that_cannot_be_saved(tmp_path: Path) -> None:

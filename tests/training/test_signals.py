@@ -51,7 +51,7 @@ def test_no_evaluation_delays_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_signal_at_the_last_step_changes_nothing(tmp_path: Path) -> None:
-    last = Act(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    last = Act(6, lambda: os.kill(os.getpid(), signal.SIGTERM), at_substep=True)
     assert not differences(trained(tmp_path, SaveOnSignal(), last), trained(tmp_path))
 
 
