@@ -23,7 +23,7 @@ from transfusion.data.documents import (
 ONE, TWO = png(1), png(2)
 
 
-def made(record: dict[str, Any], root: Path | None = None, **columns: str) -> Document:
+def made(record: dict[str, Any], root: Path | None = None, **columns: Any) -> Document:
     return Columns(**columns).resolve(record, "a source").document(record, "here", root)
 
 
@@ -67,7 +67,7 @@ def test_the_first_column_that_is_filled_counts() -> None:
     ],
 )
 def test_columns_that_are_missing_are_named_with_those_there_are(
-    columns: dict[str, str], record: dict[str, Any], message: str
+    columns: dict[str, Any], record: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         made(record, **columns)

@@ -81,6 +81,19 @@ def test_a_survey_is_kept_until_a_file_changes(kind: str, tmp_path: Path) -> Non
     assert look() == first and len(looked) == 16
 
 
+def test_what_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, cache = write_pairs("imagefolder", tmp_path / "set", 3), tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        found = cached_survey(open_source(spec), spec, cache, LIMIT)
+    assert not found.rows and [fault.reason for fault in found.faults] == ["the disk is away"] * 3
+    assert cached_survey(open_source(spec), spec, cache, LIMIT).rows == [0, 1, 2]
+
+
+def fail(path: Path) -> bytes:
+    raise OSError("the disk is away")
+
+
 def test_without_a_cache_nothing_is_kept(tmp_path: Path) -> None:
     spec = write_pairs("imagefolder", tmp_path / "set", 2)
     before = sorted(tmp_path.rglob("*"))

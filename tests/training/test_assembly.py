@@ -46,7 +46,7 @@ def test_every_kind_gives_the_same_rows(kind: str, cached: bool, tmp_path: Path)
     given = processor()
     spec = DataSpec((source(kind, tmp_path / "set"),), cache_dir=str(tmp_path / "cache") if cached else None)
     if kind != "stream":
-        assert str(build_rows(spec, given).reports[0]).endswith(": 6 usable rows, 0 faults")  # type: ignore[union-attr]
+        assert str(build_rows(spec, given).reports[0]).endswith(": 6 usable rows, 0 faults")
     rows = list(iter_rows(build_rows(spec, given)))
     ids = {tuple(row["labels"][row["labels"] != -100].tolist()) for row in rows}
     assert len(rows) == 6 and len(ids) == 6
@@ -228,7 +228,11 @@ def test_a_training_that_goes_on_equals_one_that_was_not_interrupted(kind: str, 
     def train(folder: Path, max_steps: int, checkpoint: bool = False) -> Any:
         given = tiny_processor()
         rows, model = build_rows(spec, given), tiny_model(**_sizes(given)).float()
-        options = {"train_sampling_strategy": "random", "per_device_train_batch_size": 4, "max_steps": max_steps}
+        options: dict[str, Any] = {
+            "train_sampling_strategy": "random",
+            "per_device_train_batch_size": 4,
+            "max_steps": max_steps,
+        }
         trainer = sgd_trainer(model, rows, folder, save_strategy="steps", save_steps=4, **options)
         trainer.train(resume_from_checkpoint=checkpoint or None)
         return model, rows

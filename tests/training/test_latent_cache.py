@@ -15,6 +15,7 @@ from tests.tiny_processor import picture, tiny_processor, tiny_vae
 from transfusion.data.pictures import CaptionedPicture
 from transfusion.training.latent_cache import (
     LatentStore,
+    StoredLatents,
     encode_missing,
     encode_pictures,
     open_latents,
@@ -126,7 +127,12 @@ def test_pictures_are_found_by_their_bytes_wherever_they_are(tmp_path: Path, mon
     expected = encode_pictures(PICTURES, given, cache).latents
     encoded: list[int] = []
     encode = given.encode_images
-    monkeypatch.setattr(given, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+
+    def counted(pixels: list[np.ndarray]) -> Any:
+        encoded.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(given, "encode_images", counted)
     file.write_bytes(png(2))
     assert equal(encode_pictures([captioned("moved", file)], given, cache).latents, [expected[2]]) and not encoded
     file.write_bytes(png(99))
@@ -148,7 +154,8 @@ def test_only_what_is_new_is_encoded_in_shards(tmp_path: Path) -> None:
 
 def test_a_picture_that_comes_twice_is_encoded_once() -> None:
     encoded = encode_pictures([*PICTURES, PICTURES[1]], processor())
-    assert torch.equal(encoded.latents[1], encoded.latents[5]) and len(encoded.latents.store._memory) == 5
+    assert isinstance(encoded.latents, StoredLatents) and len(encoded.latents.store._memory) == 5
+    assert torch.equal(encoded.latents[1], encoded.latents[5])
 
 
 def test_a_run_that_ends_within_encoding_keeps_whole_shards(tmp_path: Path) -> None:
@@ -221,7 +228,7 @@ def test_a_foreign_safetensors_file_is_ignored(tmp_path: Path, caplog: pytest.Lo
 def test_latents_are_read_lazily_in_any_process(num_workers: int, tmp_path: Path) -> None:
     encoded = encode_pictures(PICTURES, processor(), tmp_path)
     again = encode_pictures(PICTURES, processor(), tmp_path)
-    assert not again.latents.store._open
+    assert isinstance(again.latents, StoredLatents) and not again.latents.store._open
     loader = DataLoader(again.latents, batch_size=None, num_workers=num_workers)
     assert equal(list(loader), list(encoded.latents))
     assert equal(copy.deepcopy(again.latents), list(encoded.latents))
@@ -277,6 +284,15 @@ def test_a_picture_whose_latent_is_not_finite_is_a_fault(monkeypatch: pytest.Mon
 def test_a_missing_file_is_a_fault(tmp_path: Path) -> None:
     encoded = encode_pictures([*PICTURES, captioned("gone.png", tmp_path / "gone.png")], processor())
     assert [fault.where for fault in encoded.report.faults] == ["gone.png"] and len(encoded.pictures) == 5
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
+    def fail() -> np.ndarray:
+        raise OSError("the disk is away")
+
+    store = LatentStore(tmp_path)
+    encode_missing(store, [("a", fail)], tiny_processor())
+    assert store.faults == {"a": "the disk is away"} and "a" not in LatentStore(tmp_path)
 
 
 def test_folder_is_that_of_the_settings(tmp_path: Path) -> None:

@@ -76,8 +76,7 @@ def test_sampler_neither_loses_nor_repeats_rows(
 ) -> None:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
     samplers = [
-        SharedBatchSampler(order, batch_size, drop_last, num_processes, index)  # type: ignore[arg-type]
-        for index in range(num_processes)
+        SharedBatchSampler(order, batch_size, drop_last, num_processes, index) for index in range(num_processes)
     ]
     batches = [list(sampler) for sampler in samplers]
     assert all(len(found) == len(sampler) for found, sampler in zip(batches, samplers, strict=True))

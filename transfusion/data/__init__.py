@@ -4,6 +4,7 @@ from .autoencoder import load_vae
 from .glosses import load_glosses
 from .pictures import CaptionedPicture, DataFault, DataReport, load_emoji, read_image_folder
 from .shapes import edit_triples, shapes_world
+from .specs import DataSpec, SourceSpec
 from .tokenizer import load_tokenizer
 
 
@@ -11,6 +12,8 @@ __all__ = [
     "CaptionedPicture",
     "DataFault",
     "DataReport",
+    "DataSpec",
+    "SourceSpec",
     "edit_triples",
     "load_emoji",
     "load_glosses",

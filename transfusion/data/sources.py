@@ -22,7 +22,7 @@ class Records(Protocol):
 
     path: Path
     root: Path | None
-    columns: Sequence[str]
+    columns: list[str]
     faults: list[DataFault]  # found when it was opened
 
     def __len__(self) -> int: ...

@@ -34,11 +34,15 @@ class PictureKey:
 
 @dataclass(frozen=True)
 class Survey:
-    """Usable rows of a source in order, the pictures of each, and faults."""
+    """Usable rows of a source in order, the pictures of each, and faults.
+
+    `is_final` is False where a file could not be read, which another time it may.
+    """
 
     rows: list[int]
     pictures: list[list[PictureKey]]
     faults: list[DataFault]
+    is_final: bool = True
 
     def without(self, faults: dict[int, DataFault]) -> "Survey":
         """The survey without the rows that have a fault, by row."""
@@ -47,6 +51,7 @@ class Survey:
             [self.rows[place] for place in kept],
             [self.pictures[place] for place in kept],
             [*self.faults, *(faults[row] for row in sorted(faults))],
+            self.is_final,
         )
 
     def report(self, path: Path) -> DataReport:
@@ -75,6 +80,7 @@ def survey(
     pictures: list[list[PictureKey]] = []
     faults = list(documents.records.faults)
     splits: set[str] = set()
+    is_final = True
     for index in range(len(documents)):
         try:
             record = documents.records[index]
@@ -87,12 +93,13 @@ def survey(
                 check(document)
         except PICTURE_ERRORS as error:
             faults.append(DataFault(documents.records.where(index), str(error)))
+            is_final = is_final and not isinstance(error, OSError)
             continue
         rows.append(index)
         pictures.append(keys)
     if split is not None and split not in splits:
         raise ValueError(f"No row of {documents.records.path} has split {split!r}; they have {sorted(splits)}.")
-    return Survey(rows, pictures, faults)
+    return Survey(rows, pictures, faults, is_final)
 
 
 def picture_key(encoded: bytes, max_image_pixels: int) -> PictureKey:
@@ -130,6 +137,8 @@ def cached_survey(
         )
     except (OSError, ValueError, KeyError, TypeError):
         made = survey(documents, max_image_pixels, spec.split, check)
+    if not made.is_final:
+        return made
     write_json(
         kept,
         {

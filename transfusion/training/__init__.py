@@ -1,5 +1,6 @@
 """Training: rows and batches, the trainer, averaged weights, sample sheets, and recipes."""
 
+from .assembly import build_rows
 from .collator import TransfusionDataCollator
 from .latent_cache import encode_pictures
 from .reporting import SampleGridCallback, plot_losses
@@ -13,6 +14,7 @@ __all__ = [
     "SampleGridCallback",
     "TransfusionDataCollator",
     "TransfusionTrainer",
+    "build_rows",
     "encode_pictures",
     "plot_losses",
 ]

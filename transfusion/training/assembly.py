@@ -19,6 +19,7 @@ from .latent_cache import LatentStore, encode_missing, open_latents, settings_ke
 def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -> DocumentRows | StreamRows:
     """Open the sources of a specification, look at every document once, encode the pictures, and mix.
 
+    Pictures that are not in a cache are encoded where they are read: leave the VAE on the CPU if workers do that.
     With several processes and a `cache_dir`, let the first of them do it before the others, which then find what it
     made: `with training_arguments.main_process_first(): build_rows(...)`.
 
@@ -36,8 +37,7 @@ def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -
     maker = RowMaker(processor, spec.caption_first, spec.buckets, spec.flip, spec.crop)
     if spec.is_stream:
         stream = open_stream(spec.sources[0], spec.shuffle_block, seed)
-        faults = {"max_faulty": spec.max_faulty, "strict": spec.strict, "max_length": spec.max_length}
-        return StreamRows(stream, maker, seed=seed, **faults)
+        return StreamRows(stream, maker, None, spec.max_faulty, spec.strict, spec.max_length, seed)
     store = None if spec.cache_dir is None or spec.augments else open_latents(spec.cache_dir, processor, spec.buckets)
     sources, surveys = [], []
     for source in spec.sources:

@@ -267,6 +267,8 @@ def encode_missing(
             for key, make in chunk[start : start + batch_size]:
                 try:
                     pixels[key] = make()
+                except OSError as error:  # may be read another time, so it is not written down
+                    store.faults[key] = str(error)
                 except PICTURE_ERRORS as error:
                     faults[key] = str(error)
             _encode(pixels, processor, latents, faults)
