@@ -49,7 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     DemoRecipe.add_options(demo)
     run = recipes.add_parser("run", help="what a YAML file states")
     run.add_argument("file", type=Path, help="see scripts/recipes")
-    run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if there is one")
+    run.add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint, if there is one"
+    )
     run.add_argument("--set", dest="changes", action="append", default=[], help="an entry, such as length.max_steps=9")
     return parser.parse_args(argv)
 

@@ -25,6 +25,7 @@ SET_UP = ("python3 -m venv ", "pip install ")  # lines of a shell, done before t
 # What is added to a command that would train for minutes. The last of two equal options counts.
 SHORTER = {
     "scripts/train.py demo": "--data my_pictures --max_minutes 0.02 --num_inference_steps 2",
+    "scripts/train.py run": "--set length.max_steps=2 --set training.num_inference_steps=2",
     "scripts/finetune.py": "--max_steps 2 --num_inference_steps 2",
 }
 

@@ -1,6 +1,7 @@
 """The folder in which README, guides and notebook are read: a trained model, a language model, ten pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,8 +11,12 @@ from transfusion.data import load_emoji
 from transfusion.training.recipes import DemoRecipe, train_demo
 
 
+RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+
+
 def make_workplace(folder: Path) -> None:
-    """Make `runs/demo`, `runs/llama` and `my_pictures` in `folder`, by the package's own code."""
+    """Make `runs/demo`, `runs/llama`, `my_pictures` and `scripts/recipes` in `folder`, by the package's own code."""
+    shutil.copytree(RECIPES, folder / "scripts" / "recipes")
     save_pictures(folder / "my_pictures")
     save_language_model(folder / "runs" / "llama")
     recipe = DemoRecipe(batch_size=10, num_inference_steps=2)
