@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.training.tiny_rows import ragged_rows, training_row
 from transfusion import TransfusionForMultimodalGeneration
 from transfusion.training import checkpoints
 from transfusion.training.checkpoints import find_complete, verify
+from transfusion.training.resuming import load_weights
 from transfusion.training.trainer import TransfusionTrainer
 
 
@@ -305,8 +307,6 @@ def test_a_longer_training_and_other_versions_are_named(
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    from transfusion.training.resuming import load_weights
-
     tied, untied = (tiny_model(tie_word_embeddings=tied).float() for tied in (True, False))
     for name, model in (("tied", tied), ("untied", untied)):
         trainer = TransfusionTrainer(model, tiny_trainer(tmp_path).args)
@@ -318,6 +318,21 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert all(torch.equal(value, tied.state_dict()[name]) for name, value in other.state_dict().items())
     with pytest.raises(ValueError, match="have other weights: .*lm_head.weight"):
         load_weights(untied, tmp_path / "tied" / "checkpoint-1")
+
+
+def test_weights_in_several_files_are_loaded(tmp_path: Path) -> None:
+    """Those that the manifest knows, not an index that was added."""
+    model, other = tiny_model(), tiny_model()
+    for size in ("20KB", "1GB"):
+        folder, save = tmp_path / size, partial(model.save_pretrained, max_shard_size=size)
+        checkpoints.write_checkpoint(folder, save)
+        with torch.no_grad():
+            [parameter.zero_() for parameter in other.parameters()]
+        if size == "1GB":
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "planted.safetensors"}}')
+        load_weights(other, folder)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    assert len(list((tmp_path / "20KB").glob("model-*.safetensors"))) > 2
 
 
 # -- writing

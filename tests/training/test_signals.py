@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.resumable import Act, differences, outcome, tiny_trainer
+from transfusion.training import signals
 from transfusion.training.signals import SaveOnSignal
 
 
@@ -77,13 +78,39 @@ def stopped_twice(output_dir: Path) -> None:
     trained(output_dir, SaveOnSignal(), Act(3, twice, at_substep=True))
 
 
+def stopped_late(output_dir: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.ECHO_SECONDS = 0.0
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trained(output_dir, SaveOnSignal(), Act(3, twice, at_substep=True))
+
+
+def stopped_by_an_echo(output_dir: Path) -> None:
+    def twice() -> None:
+        signals.ECHO_SECONDS = 1e9
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trained(output_dir, SaveOnSignal(), Act(3, twice, at_substep=True))
+
+
 def stopped_once(output_dir: Path) -> None:
     trained(output_dir, SaveOnSignal(), send(signal.SIGTERM))
 
 
-@pytest.mark.parametrize(("work", "code", "left"), [(stopped_twice, 130, []), (stopped_once, 143, ["checkpoint-3"])])
+@pytest.mark.parametrize(
+    ("work", "code", "left"),
+    [
+        (stopped_twice, 130, []),
+        (stopped_late, 143, []),
+        (stopped_by_an_echo, 143, ["checkpoint-3"]),
+        (stopped_once, 143, ["checkpoint-3"]),
+    ],
+)
 def test_the_code_of_the_process(work: Any, code: int, left: list[str], tmp_path: Path) -> None:
-    """A second signal ends it at once."""
+    """A second signal ends it at once, unless it is the same SIGTERM that came another way."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.training.resumable"])
     process = context.Process(target=work, args=(tmp_path,))

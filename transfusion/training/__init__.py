@@ -5,6 +5,7 @@ from .collator import TransfusionDataCollator
 from .latent_cache import encode_pictures
 from .reporting import SampleGridCallback, plot_losses
 from .rows import CaptionedPictureRows, EditRows
+from .signals import SaveOnSignal
 from .trainer import TransfusionTrainer
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "CaptionedPictureRows",
     "EditRows",
     "SampleGridCallback",
+    "SaveOnSignal",
     "TransfusionDataCollator",
     "TransfusionTrainer",
     "build_rows",

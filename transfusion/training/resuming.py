@@ -26,6 +26,7 @@ from .checkpoints import (
     Processes,
     clean_up,
     find_complete,
+    read_manifest,
     require,
     rotate,
     verify,
@@ -44,7 +45,7 @@ from .states import (
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
+RUN_FILE, STATE_FILE, WEIGHTS_INDEX = "run.json", "trainer_state.json", "model.safetensors.index.json"
 # How the rows of a step are divided.
 DIVISION = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 # Arguments on which the steps depend, apart from these and from the length of the training.
@@ -191,7 +192,7 @@ class ResumingTrainer(Trainer):
             if processes.is_first:
                 rotate(folder.parent, self.args.save_total_limit, kept)
                 took = time.perf_counter() - begin
-                logger.info("%s: copied in %.0f ms, written in %.0f ms", folder, 1e3 * blocked, 1e3 * took)
+                logger.info("%s: written in %.0f ms; the training stood for %.0f", folder, 1e3 * took, 1e3 * blocked)
 
         self._writer.submit(write)
         if self.args.push_to_hub:
@@ -232,9 +233,8 @@ class ResumingTrainer(Trainer):
 
     def _snapshot_run(self) -> Snapshot:
         """The trainer's state, the scheduler's, the arguments, and what must not change."""
-        exported = [
-            each for each in [*self.callback_handler.callbacks, self.control] if isinstance(each, ExportableState)
-        ]
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        exported = [callback for callback in callbacks if isinstance(callback, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=exported).stateful_callbacks
         state, run = copy.deepcopy(self.state), self._run()
         schedule = State({"scheduler": self.lr_scheduler.state_dict(), "scaler": self._scaler_state()})
@@ -426,10 +426,9 @@ def load_weights(model: Any, folder: Path) -> None:
         path = require(folder, f"{inside}adapter_model.safetensors", RESUME_REMEDY)
         model.load_adapter(path.parent, name, is_trainable=True)
         return
-    index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if WEIGHTS_INDEX in read_manifest(folder)["files"]:
+        names = set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     weights: dict[str, Tensor] = {}
     for name in sorted(names):
         weights |= load_file(require(folder, name, RESUME_REMEDY))

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Schedulers send SIGTERM to all processes of a job, and launchers hand on the one that they got.
+ECHO_SECONDS = 1.0
 
 
 class SaveOnSignal(TrainerCallback):
@@ -22,8 +25,8 @@ class SaveOnSignal(TrainerCallback):
 
     The code is 128 + the signal, as shells have it: 143 after SIGTERM, 130 after SIGINT. Who starts the process again,
     with `resume_from_checkpoint=True`, knows by it that the training is not done. A second signal ends the process at
-    once. With several processes, all stop after the same step, whichever got the signal. An evaluation due at that
-    step is left out, and a signal after the last step changes nothing.
+    once, apart from a SIGTERM within a second. With several processes, all stop after the same step, whichever got the
+    signal. An evaluation due at that step is left out, and a signal in the last step changes nothing.
 
     For scripts: in a notebook ctrl-C would end the kernel.
 
@@ -34,6 +37,7 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.signal = 0
         self.has_stopped = False
+        self._received = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
 
@@ -47,9 +51,12 @@ class SaveOnSignal(TrainerCallback):
         self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        is_echo = number == signal.SIGTERM and time.monotonic() - self._received < ECHO_SECONDS
+        if self.signal and not is_echo:
             os._exit(128 + number)
-        self.signal = number
+        if self.signal:
+            return
+        self.signal, self._received = number, time.monotonic()
         logger.warning(
             "%s: a checkpoint follows at the end of the step; again to stop at once.", signal.strsignal(number)
         )
