@@ -1,10 +1,13 @@
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from scripts.finetune import main, parse_args
@@ -23,6 +26,7 @@ from transfusion.training.finetuning import (
 )
 from transfusion.training.recipes import check_lengths
 from transfusion.training.rows import CaptionedPictureRows
+from transfusion.training.trainer import TransfusionTrainer
 
 
 QUICK: dict[str, Any] = {"batch_size": 3, "num_inference_steps": 1, "guidance_scale": 1.0, "learning_rate": 1e-2}
@@ -123,6 +127,33 @@ def test_resumes_exactly(start: Path, picture_folder: Path, tmp_path: Path, lora
     again = run(start, picture_folder, tmp_path / "run", resume=True, **options)
     assert [path.stem[-1] for path in (tmp_path / "run" / "samples").glob("*.png")] == ["4"]
     assert largest_difference(again.model.state_dict(), expected) == 0
+
+
+def test_the_command_stops_by_a_signal_and_goes_on(
+    start: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no `--save_every`; what comes out is what would have without the signal."""
+    arguments = ["--model", start, "--data", picture_folder, "--max_steps", 4, "--batch_size", 2, "--no-bf16"]
+    arguments += ["--num_inference_steps", 1, "--ema_decay", 0.5, "--output_dir"]
+
+    def command(*more: Any) -> None:
+        main(parse_args([str(argument) for argument in (*arguments, *more)]))
+
+    command(tmp_path / "whole")
+    step = TransfusionTrainer.training_step
+
+    def interrupted(trainer: TransfusionTrainer, *args: Any) -> Any:
+        if trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(TransfusionTrainer, "training_step", interrupted)
+        command(tmp_path / "cut")
+    assert stop.value.code == 143 and (tmp_path / "cut" / "checkpoint-2").is_dir()
+    command(tmp_path / "cut", "--resume")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut")]
+    assert largest_difference(*weights) == 0
 
 
 @pytest.mark.parametrize("way", ["all", "frozen", "adapters"])
