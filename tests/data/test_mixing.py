@@ -1,5 +1,6 @@
 import copy
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 from hypothesis import given, settings
@@ -65,6 +66,16 @@ def test_place_depends_on_seed_epoch_and_index_alone() -> None:
     assert {place: again.locate(*place) for place in reversed(places)} == forwards
     other = Mixture([7, 2], [2, 1], 9, seed=1)
     assert {place: other.locate(*place) for place in places} != forwards
+
+
+def test_every_pass_has_another_order() -> None:
+    mixture = Mixture([20])
+    orders = [tuple(mixture.locate(epoch, index)[1] for index in range(20)) for epoch in range(5)]
+    assert len(set(orders)) == 5
+
+
+def test_workers_that_are_spawned_get_a_mixture() -> None:
+    assert ForkingPickler.dumps(Mixture([3, 4]))
 
 
 def test_sources_lie_spread_over_the_epoch() -> None:

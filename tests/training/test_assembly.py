@@ -1,3 +1,4 @@
+import collections
 import io
 import json
 import logging
@@ -151,7 +152,9 @@ def _sizes(given: Any) -> dict[str, Any]:
 def faulty_source(folder: Path) -> SourceSpec:
     rows = [{"file_name": f"{n}.png", "text": caption(n)} for n in range(8)]
     files = {f"{n}.png": png(n, 30, 30) for n in range(8)}
-    files |= {"2.png": files["2.png"][:500], "5.png": b"words"}
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(files["2.png"])).save(buffer, "JPEG")
+    files |= {"2.png": buffer.getvalue()[:900], "5.png": b"words"}  # a JPEG tells its size, and then ends
     return SourceSpec("imagefolder", str(write_folder(folder, rows, files)))
 
 
@@ -210,6 +213,23 @@ def test_augmented_pictures_are_not_cached(tmp_path: Path) -> None:
         rows.set_epoch(epoch)
         patches.append({tuple(row["latent_patches"].flatten().tolist()) for row in iter_rows(rows)})
     assert len(set().union(*patches)) > 6
+
+
+def test_epochs_go_on_in_a_source_that_is_seldom_drawn(tmp_path: Path) -> None:
+    sources = tuple(
+        SourceSpec("imagefolder", source("imagefolder", tmp_path / name, 6).path, weight=weight)
+        for name, weight in (("often", 3), ("seldom", 1))
+    )
+    rows = build_rows(DataSpec(sources, epoch_rows=8), tiny_processor())
+    assert isinstance(rows, DocumentRows)
+    seen = []
+    for epoch in range(3):
+        rows.set_epoch(epoch)
+        seen += [row["sample_id"] for row in iter_rows(rows)]
+    assert sorted(name for name in seen if "seldom" in name) == [
+        f"{tmp_path}/seldom/metadata.jsonl:{line}" for line in range(1, 7)
+    ]
+    assert collections.Counter(seen).most_common(1)[0][1] == 3
 
 
 def test_a_split_is_kept(tmp_path: Path) -> None:

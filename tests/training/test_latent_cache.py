@@ -154,8 +154,15 @@ def test_only_what_is_new_is_encoded_in_shards(tmp_path: Path) -> None:
 
 def test_a_picture_that_comes_twice_is_encoded_once() -> None:
     encoded = encode_pictures([*PICTURES, PICTURES[1]], processor())
-    assert isinstance(encoded.latents, StoredLatents) and len(encoded.latents.store._memory) == 5
     assert torch.equal(encoded.latents[1], encoded.latents[5])
+    made: list[str] = []
+
+    def pixels(key: str) -> np.ndarray:
+        made.append(key)
+        return np.zeros((3, 2, 2), np.float32)
+
+    encode_missing(LatentStore(), [(key, partial(pixels, key)) for key in "abab"], tiny_processor())
+    assert made == ["a", "b"]
 
 
 def test_a_run_that_ends_within_encoding_keeps_whole_shards(tmp_path: Path) -> None:
@@ -207,6 +214,14 @@ def test_a_corrupt_shard_is_named_ignored_and_replaced(
     store = LatentStore(tmp_path)
     numbers(store, 8, made=made)
     assert len(made) == 4 and [float(store[str(n)][0, 0, 0]) for n in range(8)] == list(range(8))
+
+
+def test_a_shard_that_was_replaced_stays(tmp_path: Path) -> None:
+    numbers(LatentStore(tmp_path), 8)
+    files(tmp_path)[0].write_bytes(b"")
+    numbers(LatentStore(tmp_path), 16)
+    store = LatentStore(tmp_path)
+    assert [float(store[str(n)][0, 0, 0]) for n in range(16)] == list(range(16)) and len(files(tmp_path)) == 4
 
 
 def test_a_corrupt_shard_of_other_pictures_is_deleted_with_the_next(tmp_path: Path) -> None:
