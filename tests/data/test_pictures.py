@@ -255,3 +255,14 @@ def test_transparent_pictures_are_put_on_white_and_turned_upright(tmp_path: Path
     }
     assert read["clear.png"].getcolors() == read["palette.png"].getcolors() == [(8, (255, 255, 255))]
     assert read["turned.png"].size == (2, 4)
+
+
+def test_only_formats_of_the_list_and_pictures_that_are_not_huge_are_decoded(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{name}.png", "text": "x"} for name in "abcd"]
+    root = write_folder(tmp_path, rows, ("a.png",))
+    Image.new("RGB", (8, 8)).save(root / "b.png", "PPM")
+    Image.new("RGB", (8, 8)).save(root / "c.png", "EPS")
+    Image.new("1", (8000, 7000)).save(root / "d.png", "PNG")
+    pictures, report = read_image_folder(root)
+    assert [picture.id for picture in pictures] == ["a.png"] and len(report.faults) == 3
+    assert "8000 x 7000 pixels; 50000000 are allowed" in report.faults[2].reason

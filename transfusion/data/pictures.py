@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from ..image_processing import to_rgb
+from ..image_processing import DEFAULT_MAX_IMAGE_PIXELS, to_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,15 @@ class CaptionedPicture:
 
     @property
     def image(self) -> Image.Image:
-        """The picture in RGB, turned upright; transparency is laid over white, and 16-bit grey is scaled."""
+        """The picture in RGB, turned upright; transparency is laid over white, and 16-bit grey is scaled.
+
+        Raises:
+            ValueError, OSError: No picture, of no format that is read, or one of more than 50 million pixels.
+        """
         file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         with Image.open(file, formats=_FORMATS) as opened:
+            if opened.width * opened.height > DEFAULT_MAX_IMAGE_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels; {DEFAULT_MAX_IMAGE_PIXELS} are allowed")
             return to_rgb(ImageOps.exif_transpose(opened))
 
 
