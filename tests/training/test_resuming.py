@@ -374,7 +374,8 @@ def test_a_disk_that_is_full_stops_the_training_at_the_next_step(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait() -> None:
-        while not trainer._writer._pending.done():
+        pending = trainer._writer._pending
+        while pending is not None and not pending.done():
             pass
 
     trainer = tiny_trainer(tmp_path, callbacks=[Act(3, wait)], save_steps=2)
@@ -431,7 +432,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize("best", [2, 6])
 def test_the_last_and_the_best_are_kept(best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best is loaded at the end, when it has been written."""
-    losses = iter(abs(step - best) for step in range(1, 7))
+    losses = iter(float(abs(step - best)) for step in range(1, 7))
     monkeypatch.setattr(os, "fsync", lambda number: time.sleep(0.01))
     options: dict[str, Any] = {"save_total_limit": 2, "load_best_model_at_end": True, "eval_strategy": "steps"}
     options |= {"eval_steps": 1, "ema_decay": None, "metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -458,26 +459,32 @@ def test_settings_that_cannot_be_saved(tmp_path: Path) -> None:
 # -- kills
 
 
-def killed(output_dir: Path, events: list[int]) -> list[str]:
-    """Kill a training at each of the events in turn, going on each time; what was left at each kill."""
-    left = []
+def killed(output_dir: Path, events: list[int], **options: Any) -> tuple[list[int], int]:
+    """Kill a training at each of the events in turn, going on each time: up to which step there were checkpoints, and
+    how often one was being written.
+    """
+    steps, num_in_save = [], 0
     for event in events:
-        process = FORKS.Process(target=run, args=(output_dir, None, event), kwargs={"save_total_limit": 1})
+        process = FORKS.Process(target=run, args=(output_dir, None, event), kwargs=options)
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
         names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-        left.append("in a save" if any(not name.startswith("checkpoint") for name in names) else "between")
-        assert find_complete(output_dir) is not None or not [name for name in names if name.startswith("checkpoint")]
-    return left
+        found = find_complete(output_dir)
+        assert found is not None or not [name for name in names if name.startswith("checkpoint")]
+        steps.append(int(found.name.rpartition("-")[2]) if found is not None else 0)
+        num_in_save += any(name.startswith("incomplete") for name in names)
+    return steps, num_in_save
 
 
 def test_killed_ten_times_at_random_a_training_ends_the_same(tmp_path: Path) -> None:
-    """By SIGKILL, at steps and at operations on files."""
-    run(tmp_path / "whole", tmp_path / "whole.safetensors", save_strategy="no")
-    left = killed(tmp_path / "cut", random_events(10, 24, seed=0))
-    assert {"in a save", "between"} == set(left)
-    run(tmp_path / "cut", tmp_path / "cut.safetensors", save_total_limit=1)
+    """By SIGKILL, at steps and at operations on files, of which a checkpoint takes some twenty."""
+    options: dict[str, Any] = {"max_steps": 30, "save_total_limit": 1}
+    run(tmp_path / "whole", tmp_path / "whole.safetensors", save_strategy="no", max_steps=30)
+    steps, num_in_save = killed(tmp_path / "cut", random_events(10, 60, seed=0), **options)
+    assert steps == sorted(steps) and len(set(steps)) > 4
+    assert num_in_save > 2
+    run(tmp_path / "cut", tmp_path / "cut.safetensors", **options)
     assert not differences(load_file(tmp_path / "cut.safetensors"), load_file(tmp_path / "whole.safetensors"))
 
 
