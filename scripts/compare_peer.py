@@ -486,7 +486,7 @@ def schedule(progress: float) -> float:
 def load_average(module: nn.Module, average: AveragedWeights) -> None:
     """Give `module` its averaged weights."""
     with torch.no_grad():
-        for parameter, averaged in zip(module.parameters(), average.model.parameters(), strict=True):
+        for parameter, averaged in zip(module.parameters(), average.weights.values(), strict=True):
             parameter.copy_(averaged)
 
 

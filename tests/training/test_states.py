@@ -138,9 +138,13 @@ def test_optimizers_that_do_not_fit() -> None:
         optimizer_state(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), model)
     with pytest.raises(ValueError, match="has other parameters than in the checkpoint: .*'b.bias', 'b.weight'"):
         restore_optimizer(torch.optim.SGD(model["a"].parameters(), 0.1), model, state)
-    groups = [{"params": layer.parameters()} for layer in model.values()]
-    with pytest.raises(ValueError, match="optimizer has 1 groups, and 2 are needed"):
-        restore_optimizer(torch.optim.SGD(groups, 0.1), model, state)
+    groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(model.values(), (0.2, 0.3), strict=True)]
+    divided = torch.optim.SGD(groups)
+    state_of_groups = optimizer_state(divided, model)
+    restore_optimizer(divided, model, state)  # of one group
+    assert [group["lr"] for group in divided.param_groups] == [0.1, 0.1]
+    with pytest.raises(ValueError, match="had other options"):
+        restore_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, state_of_groups)
     with pytest.raises(ValueError, match=r"of the optimizers \['optimizer'\], not of \['adamw', 'muon'\]"):
         restore_optimizer(MuonAdamW(tiny_model(), 0.1), model, state)
 

@@ -120,6 +120,13 @@ def test_every_parameter_has_a_gradient(row: dict[str, Any]) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_every_process_makes_its_batches_and_looks_for_no_unused_parameters(tmp_path: Path) -> None:
+    args = arguments(tmp_path, accelerator_config={"dispatch_batches": True, "split_batches": True})
+    accelerator = TransfusionTrainer(tiny_model(), args).accelerator
+    assert accelerator.dispatch_batches is False and not accelerator.split_batches
+    assert accelerator.ddp_handler.find_unused_parameters is False
+
+
 def test_plain_trainer_averages_micro_batches(objective: str, tmp_path: Path) -> None:
     """Without this package's trainer a step is the mean over its micro-batches' losses."""
     collator = TransfusionDataCollator(tiny_config(objective=objective), text_dropout=0.3)

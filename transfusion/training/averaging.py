@@ -1,5 +1,6 @@
 """An exponential moving average of the weights, for drawing, evaluation and the final model."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .states import host_copy
+from .distributed import load_weights, local_shard, model_writer, named_weights, whole_tensors
 
 
 EMA_FOLDER = "ema"
@@ -25,15 +27,21 @@ def warmed_decay(decay: float, num_averaged: int) -> float:
 class AveragedWeights:
     """The average `a <- d * a + (1 - d) * weights`, with d from `warmed_decay`; the first update copies the weights.
 
+    Of weights that are sharded, each process averages its own share.
+
     Args:
         model: Averaged from now on; its weights are float32 or float64 (bf16 would round the updates away).
         decay: The decay in the long run, 0 to 1 without 1.
+
+    Attributes:
+        weights: The average of each weight, by name; sharded where the model is.
+        num_averaged: How many updates there were.
 
     Raises:
         ValueError: Another decay, or half-precision weights.
     """
 
-    def __init__(self, model: PreTrainedModel, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay is {decay}; give 0 or more and less than 1, for example 0.999.")
         if halves := {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.float64}:
@@ -42,36 +50,44 @@ class AveragedWeights:
                 "in float32 and train with bf16=True, or set ema_decay=None."
             )
         self.decay = decay
-        self._average = AveragedModel(model, multi_avg_fn=self._step)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """A model that holds the average."""
-        return self._average.module
-
-    def update(self, model: PreTrainedModel) -> None:
-        """Move the average towards the weights of `model`."""
-        self._average.update_parameters(model)
+        self.num_averaged = 0
+        self.weights = {name: parameter.detach().clone() for parameter, name in named_weights(model).items()}
 
     @torch.no_grad()
-    def _step(self, averages: Any, weights: Any, num_averaged: Tensor | int) -> None:
-        torch._foreach_lerp_(averages, weights, 1 - warmed_decay(self.decay, int(num_averaged)))
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the weights of `model`."""
+        averages, weights = zip(*self._pairs(model), strict=True)
+        if self.num_averaged == 0:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - warmed_decay(self.decay, self.num_averaged))
+        self.num_averaged += 1
 
     @contextmanager
-    def swapped_into(self, model: PreTrainedModel) -> Iterator[None]:
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
         """Let `model` hold the average, and this the weights of `model`, for the time of a `with` block."""
-        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
-        _swap(pairs)
+        _swap(self._pairs(model))
         try:
             yield
         finally:
-            _swap(pairs)
+            _swap(self._pairs(model))
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """Copy the average; what comes back writes it to `ema/` in a checkpoint, which `from_pretrained` reads."""
-        weights = host_copy(self.model.state_dict())
-        return lambda checkpoint: self.model.save_pretrained(checkpoint / EMA_FOLDER, state_dict=weights)
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Average and weight, what this process holds of both."""
+        names = named_weights(model)
+        return [(local_shard(self.weights[name]), local_shard(parameter)) for parameter, name in names.items()]
 
+    def snapshot(self, model: PreTrainedModel) -> Callable[[Path], None]:
+        """Copy the average; what comes back writes it to `ema/` in a checkpoint, which `from_pretrained` reads.
+
+        Every process of those that share the weights has to call this; the first one writes.
+        """
+        config = copy.deepcopy(model.config)
+        config.use_cache = True  # which Trainer turned off for training
+        write = model_writer(model, config, whole_tensors(self.weights))
+        return lambda checkpoint: write(checkpoint / EMA_FOLDER)
+
+    @torch.no_grad()
     def load(self, checkpoint: str | os.PathLike, num_averaged: int) -> None:
         """Take up the average of a checkpoint that was written after `num_averaged` updates.
 
@@ -84,14 +100,17 @@ class AveragedWeights:
                 f"{checkpoint} has no folder {EMA_FOLDER}: it was written without an average, or not to the end. "
                 "Resume from another checkpoint, or set ema_decay=None."
             )
-        dtype = next(self.model.parameters()).dtype
-        self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=dtype).state_dict())
-        self._average.n_averaged.fill_(num_averaged)
+        load_weights(self.weights, load_file(folder / SAFE_WEIGHTS_NAME))
+        self.num_averaged = num_averaged
 
 
+@torch.no_grad()
 def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """In place: FSDP gathers from the memory that it knows."""
     for first, second in pairs:
-        first.data, second.data = second.data, first.data
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
 
 
 class EmaCallback(TrainerCallback):
@@ -105,7 +124,6 @@ class EmaCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin with the weights of the model, or with the average of the checkpoint."""
         self.average = AveragedWeights(kwargs["model"], self.decay)
-        self.average.model.config.use_cache = True  # which Trainer turned off for training
         if self.checkpoint is not None:
             self.average.load(self.checkpoint, state.global_step)
             self.checkpoint = None

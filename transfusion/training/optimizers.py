@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..hyper_connections import is_connection_parameter, is_undecayed_parameter
 
@@ -100,8 +101,9 @@ class MuonAdamW(torch.optim.Optimizer):
         undecayed = [p for name, p in others if not decays(name, p)]
         self.muon = Muon(matrices, lr, weight_decay, momentum, dtype)
         groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
+            {"params": [p for p in group if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}
+            for group, decay in ((decayed, weight_decay), (undecayed, 0.0))
+            for is_sharded in (False, True)  # the fused kernel takes either
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
         super().__init__([{"params": matrices + [p for _, p in others]}], {"lr": lr})

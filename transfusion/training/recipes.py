@@ -340,7 +340,7 @@ def train_demo(
     recipe = choose_speed(model, recipe, train_rows, max_minutes, max_steps)
     dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
     betas = (0.9, recipe.adam_beta2)
-    optimizer = MuonAdamW(model, recipe.learning_rate, recipe.weight_decay, betas, dtype=dtype)
+    optimizer = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "betas": betas, "dtype": dtype}
     trainer = TransfusionTrainer(
         model,
         training_arguments(recipe, output_dir, max_steps=-1 if max_steps is None else max_steps),
@@ -348,7 +348,7 @@ def train_demo(
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=processor,
-        optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=(MuonAdamW, {"model": model, **optimizer}),  # made once the weights are sharded
         ema_decay=recipe.ema_decay,
         max_minutes=max_minutes,
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather, pad_across_processes
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -36,15 +38,58 @@ def draw_pictures(
         seed: Of all noise.
         options: Of `generate_images`.
     """
-    inputs = processor(text=list(prompts), return_tensors="pt").to(model.device)
-    generators = [torch.Generator(model.device).manual_seed(seed + number) for number in range(len(prompts))]
+    drawn = _draw(model, processor, dict(enumerate(prompts)), seed, options)
+    return processor.decode_images(drawn.latent_patches, drawn.image_grids)
+
+
+def draw_together(
+    model: PreTrainedModel,
+    processor: TransfusionProcessor,
+    prompts: Sequence[str],
+    seed: int = 0,
+    **options: Any,
+) -> list[Image.Image]:
+    """`draw_pictures` by all processes, each its share of the prompts, whether the model is whole in them or sharded.
+
+    Every process has to call this. The first one gets all pictures, the others none.
+    """
+    state = PartialState()
+    size = model.tp_size or 1  # tensor-parallel processes draw the same pictures
+    rank, num_ranks = state.process_index // size, state.num_processes // size
+    shares = [range(first, len(prompts), num_ranks) for first in range(num_ranks)]
+    numbers = shares[rank] or range(1)  # no process may be waited for
+    drawn = _draw(model, processor, {number: prompts[number] for number in numbers}, seed, options)
+    grids, patches = (
+        gather(pad_across_processes(tensor)[None].contiguous()).cpu()[::size]
+        for tensor in (drawn.image_grids, drawn.latent_patches)
+    )
+    if not state.is_main_process:
+        return []
+    pictures: dict[int, Image.Image] = {}
+    for share, share_grids, share_patches in zip(shares, grids, patches, strict=True):
+        if share:
+            share_grids = share_grids[: len(share)]
+            decoded = processor.decode_images(share_patches[: share_grids.prod(dim=1).sum()], share_grids)
+            pictures |= dict(zip(share, decoded, strict=True))
+    return [pictures[number] for number in range(len(prompts))]
+
+
+def _draw(
+    model: PreTrainedModel,
+    processor: TransfusionProcessor,
+    prompts: dict[int, str],
+    seed: int,
+    options: dict[str, Any],
+) -> Any:
+    """Draw after prompts, by number."""
+    inputs = processor(text=list(prompts.values()), return_tensors="pt").to(model.device)
+    generators = [torch.Generator(model.device).manual_seed(seed + number) for number in prompts]
     was_training = model.training
     model.eval()
     try:
-        drawn = model.generate_images(inputs["input_ids"], inputs["attention_mask"], generator=generators, **options)
+        return model.generate_images(inputs["input_ids"], inputs["attention_mask"], generator=generators, **options)
     finally:
         model.train(was_training)
-    return processor.decode_images(drawn.latent_patches, drawn.image_grids)
 
 
 def picture_grid(
@@ -82,7 +127,7 @@ class SampleGridCallback(TrainerCallback):
         weights: Gives a context in which the model has the weights to draw with: `trainer.averaged_weights`.
         seed: Of the noise.
         at_start: Draw a sheet before the first step too.
-        options: Of `generate_images`.
+        options: Of `generate_images`, such as hold for every prompt.
     """
 
     def __init__(
@@ -125,10 +170,10 @@ class SampleGridCallback(TrainerCallback):
             self._writer = None
 
     def _draw(self, args: Any, state: Any, model: PreTrainedModel) -> None:
+        with self.weights(), not_compiling():
+            pictures = draw_together(model, self.processor, self.prompts, self.seed, **self.options)
         if not state.is_world_process_zero:
             return
-        with self.weights(), not_compiling():
-            pictures = draw_pictures(model, self.processor, self.prompts, self.seed, **self.options)
         sheet = picture_grid(pictures, self.prompts)
         folder = Path(args.output_dir, "samples")
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,4 +201,4 @@ def plot_losses(log_history: Sequence[dict[str, Any]], file: str | os.PathLike) 
     figure.savefig(file)
 
 
-__all__ = ["SampleGridCallback", "draw_pictures", "picture_grid", "plot_losses"]
+__all__ = ["SampleGridCallback", "draw_pictures", "draw_together", "picture_grid", "plot_losses"]

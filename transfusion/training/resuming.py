@@ -32,6 +32,8 @@ from .checkpoints import (
     verify,
     write_checkpoint,
 )
+from .distributed import is_sharded, model_writer, named_weights, whole_tensors
+from .distributed import load_weights as load_whole_weights
 from .states import (
     State,
     host_copy,
@@ -108,14 +110,17 @@ class ResumingTrainer(Trainer):
       change, and how the rows of a step are divided among processes and accumulation steps: the steps have the same
       rows then, but are rounded otherwise, and dropout falls otherwise.
 
-    The model and the optimizer are whole in the first process; `_snapshot_model`, `_restore_model`,
-    `_snapshot_optimizer` and `_restore_optimizer` are all that knows it.
+    Models and optimizers that are sharded are gathered in the first process, and divided anew when they are loaded.
     """
 
     def __init__(
         self, model: PreTrainedModel | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
     ) -> None:
+        only_model = args is not None and args.save_only_model
+        if args is not None and getattr(model, "is_distributed_loading_by_transformers", False):
+            args.save_only_model = True  # or Trainer would refuse, which cannot save the optimizer of such a model
         super().__init__(model, args, *rest, **kwargs)
+        self.args.save_only_model = only_model or (args is None and self.args.save_only_model)
         self._writer = BackgroundWriter()
         self._processes: Processes | None = None
         self._epoch_start = EpochStart()
@@ -252,9 +257,12 @@ class ResumingTrainer(Trainer):
         return None if scaler is None else scaler.state_dict()
 
     def _snapshot_model(self) -> Snapshot:
+        model = self.accelerator.unwrap_model(self.model)
+        if is_sharded(model):
+            whole = whole_tensors({name: weight for weight, name in named_weights(model).items()})
+            return model_writer(model, self._saved_config(), whole)
         if not self.args.should_save:
             return lambda draft: None
-        model = self.accelerator.unwrap_model(self.model)
         weights = host_copy(_saved_weights(model))
         if isinstance(model, PreTrainedModel):
             model = copy.copy(model)  # of which saving changes the config, while the original is trained
@@ -265,10 +273,11 @@ class ResumingTrainer(Trainer):
         return copy.deepcopy(self.accelerator.unwrap_model(self.model).config)
 
     def _snapshot_optimizer(self) -> Snapshot:
-        if not self.args.should_save:
+        is_kept = self.args.should_save
+        if not is_kept and not is_sharded(self.model):
             return lambda draft: None
-        state = State(optimizer_state(self._own_optimizer(), self.model))
-        return lambda draft: state.write(draft, "optimizer")
+        state = State(optimizer_state(self._own_optimizer(), self.model), is_kept)
+        return (lambda draft: state.write(draft, "optimizer")) if is_kept else lambda draft: None
 
     def _own_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's is around it
@@ -331,7 +340,7 @@ class ResumingTrainer(Trainer):
             logger.warning("The training %s: learning rates are from now on those of the new length.", change)
         self._restore_optimizer(Path(checkpoint))
         schedule = read_state(Path(checkpoint), "scheduler")
-        self.lr_scheduler.load_state_dict(schedule["scheduler"])
+        self.lr_scheduler.load_state_dict(_of_groups(schedule["scheduler"], len(self.optimizer.param_groups)))
         if (scaler := self.accelerator.scaler) is not None:
             scaler.load_state_dict(schedule["scaler"])
         self._resumed_process = self._read_process(Path(checkpoint))
@@ -383,6 +392,14 @@ class ResumingTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
 
+def _of_groups(schedule: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scheduler's state for `count` groups, where all have the same: tensor parallelism makes more of them."""
+    return {
+        name: values[:1] * count if isinstance(values, list) and values == values[:1] * len(values) else values
+        for name, values in schedule.items()
+    }
+
+
 def _process_name(index: int) -> str:
     return f"process-{index}"
 
@@ -432,6 +449,9 @@ def load_weights(model: Any, folder: Path) -> None:
     weights: dict[str, Tensor] = {}
     for name in sorted(names):
         weights |= load_file(require(folder, name, RESUME_REMEDY))
+    if is_sharded(model):
+        load_whole_weights({name: weight for weight, name in named_weights(model).items()}, weights)
+        return
     loaded = model.load_state_dict(weights, strict=False)
     own = model.state_dict()
     places = {own[name].data_ptr() for name in weights.keys() & own.keys()}

@@ -165,7 +165,7 @@ def train_run(spec: RunSpec, resume: bool = False) -> TransfusionTrainer:
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=processor,
-        optimizers=(make_optimizer(model, training), None),
+        optimizer_cls_and_kwargs=muon_options(model, training),
         ema_decay=training.ema_decay,
         max_minutes=length.max_minutes,
     )
@@ -202,12 +202,13 @@ def trained_model(model: TransfusionForMultimodalGeneration, spec: ModelSpec) ->
     return add_adapters(model, FinetuneRecipe(lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets))
 
 
-def make_optimizer(model: TransfusionForMultimodalGeneration, training: TrainingSpec) -> Any:
-    """Muon and AdamW together, or None for the trainer's AdamW."""
+def muon_options(model: TransfusionForMultimodalGeneration, training: TrainingSpec) -> tuple | None:
+    """What the trainer makes Muon and AdamW of, once the weights are sharded, or None for its own AdamW."""
     if training.optimizer == "adamw":
         return None
     dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
-    return MuonAdamW(model, training.learning_rate, training.weight_decay, training.betas, dtype=dtype)
+    options = {"lr": training.learning_rate, "weight_decay": training.weight_decay, "betas": training.betas}
+    return MuonAdamW, {"model": model, "dtype": dtype, **options}
 
 
 def has_checkpoint(output_dir: str | os.PathLike) -> bool:
@@ -215,4 +216,4 @@ def has_checkpoint(output_dir: str | os.PathLike) -> bool:
     return any(Path(output_dir).glob("checkpoint-*"))
 
 
-__all__ = ["choose_run_speed", "make_optimizer", "open_rows", "run_arguments", "start_model", "train_run"]
+__all__ = ["choose_run_speed", "muon_options", "open_rows", "run_arguments", "start_model", "train_run"]

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from .distributed import named_weights, sharded_like
 
 
 _TENSOR, _TUPLE = "__tensor__", "__tuple__"
@@ -33,13 +36,16 @@ class State:
     """A copy of a nest of dicts, lists and tuples, with tensors on the host, that can be written and read.
 
     Args:
-        value: Its leaves are tensors, numbers, strings, booleans and None; keys are strings.
+        value: Its leaves are tensors, numbers, strings, booleans and None; keys are strings. Every process that
+            shares a tensor has to take part.
+        is_kept: Whether this process is to write it.
 
     Raises:
         ValueError: Another leaf or key; the message says where.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, is_kept: bool = True) -> None:
+        self._is_kept = is_kept
         self._tensors: dict[str, Tensor] = {}
         self._tree = self._taken_apart(value, "")
 
@@ -51,7 +57,10 @@ class State:
 
     def _taken_apart(self, value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
-            self._tensors[place] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            value = value.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if self._is_kept:
+                self._tensors[place] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
             return {_TENSOR: place}
         if isinstance(value, dict):
             if wrong := [key for key in value if not isinstance(key, str)]:
@@ -103,7 +112,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: The optimizer has a parameter that the model has not.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for parameter, name in named_weights(model).items()}
     states = {}
     for part, inner in _parts(optimizer).items():
         groups: list[dict[str, Any]] = []
@@ -128,31 +137,45 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, states: dict[str, 
     parts = _parts(optimizer)
     if parts.keys() != states.keys():
         raise ValueError(f"The checkpoint is of the optimizers {sorted(states)}, not of {sorted(parts)}.")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for parameter, name in named_weights(model).items()}
     made = {part: _state_dict(inner, names, states[part], part) for part, inner in parts.items()}
     optimizer.load_state_dict(made if hasattr(optimizer, "parts") else made["optimizer"])
     for part, inner in parts.items():
-        for parameter, state in inner.state.items():
-            for key, saved in states[part]["state"][names[id(parameter)]].items():
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        for number, saved_state in made[part]["state"].items():
+            state = inner.state[parameters[number]]
+            for key, saved in saved_state.items():
                 # torch gives a state the dtype of its parameter
                 if isinstance(saved, Tensor) and state[key].dtype != saved.dtype:
                     state[key] = saved.to(state[key].device)
 
 
 def _state_dict(optimizer: Optimizer, names: dict[int, str], saved: dict[str, Any], part: str) -> dict[str, Any]:
-    """`saved` with numbers in place of names, as `optimizer.load_state_dict` takes it."""
-    current = optimizer.state_dict()["param_groups"]
-    numbers: dict[str, int] = {}
+    """`saved` with numbers in place of names, as `optimizer.load_state_dict` takes it, sharded as the weights are.
+
+    Tensor parallelism sorts the weights of a group by whether they are sharded; the options are the same.
+    """
+    options = {name: group["options"] for group in saved["groups"] for name in group["names"]}
+    states: dict[int, dict[str, Any]] = {}
     groups = []
-    if len(current) != len(saved["groups"]):
-        raise ValueError(f"The checkpoint's {part} has {len(saved['groups'])} groups, and {len(current)} are needed.")
-    for group, numbered, kept in zip(optimizer.param_groups, current, saved["groups"], strict=True):
-        own = [names[id(parameter)] for parameter in group["params"]]
-        if different := sorted(set(own) ^ set(kept["names"])):
-            raise ValueError(f"A group of the {part} has other parameters than in the checkpoint: {different[:5]}.")
-        numbers |= dict(zip(own, numbered["params"], strict=True))
-        groups.append({**numbered, **kept["options"], "params": numbered["params"]})
-    return {"state": {numbers[name]: state for name, state in saved["state"].items()}, "param_groups": groups}
+    numbered = optimizer.state_dict()["param_groups"]
+    own = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+    if different := sorted(own ^ set(options)):
+        raise ValueError(f"The {part} has other parameters than in the checkpoint: {different[:5]}.")
+    for group, numbers in zip(optimizer.param_groups, numbered, strict=True):
+        members = [names[id(parameter)] for parameter in group["params"]]
+        if any(options[name] != options[members[0]] for name in members):
+            raise ValueError(f"A group of the {part} has parameters that had other options in the checkpoint.")
+        for number, name, parameter in zip(numbers["params"], members, group["params"], strict=True):
+            if name in saved["state"]:
+                states[number] = {
+                    key: sharded_like(parameter, value)
+                    if isinstance(value, Tensor) and value.shape == parameter.shape
+                    else value
+                    for key, value in saved["state"][name].items()
+                }
+        groups.append({**numbers, **(options[members[0]] if members else {}), "params": numbers["params"]})
+    return {"state": states, "param_groups": groups}
 
 
 # -- random states

@@ -27,6 +27,7 @@ from ..sharing import prepare_card, share
 from .averaging import EmaCallback
 from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
 from .collator import IGNORE_INDEX, TransfusionDataCollator
+from .distributed import named_weights, whole_tensors
 from .resuming import ResumingTrainer, Snapshot
 from .sharding import SharedStream, divide
 from .speed import not_compiling
@@ -120,6 +121,8 @@ class TransfusionTrainer(ResumingTrainer):
         ValueError: Settings that would train something wrong.
     """
 
+    train_dataset: Any
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -144,10 +147,6 @@ class TransfusionTrainer(ResumingTrainer):
         self._ema = None if ema_decay is None else EmaCallback(ema_decay)
         self._budget = None if max_minutes is None else TimeBudget(max_minutes)
         self._check_settings()
-        for name, value in UNDIVIDED_BATCHES.items():
-            setattr(self.accelerator.dataloader_config, name, value)
-        if self.args.ddp_find_unused_parameters is None:
-            self.args.ddp_find_unused_parameters = False  # every batch uses every parameter
         self.add_callback(EpochCallback())
         if self._ema is not None:
             self.add_callback(self._ema)
@@ -155,6 +154,34 @@ class TransfusionTrainer(ResumingTrainer):
             self.add_callback(self._budget)
             if self.pop_callback(ProgressCallback) is not None:
                 self.add_callback(BudgetProgressCallback(self._budget))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer does; each process makes its own batches, and under FSDP2 bfloat16 is for products alone.
+
+        Raises:
+            ValueError: The first version of FSDP.
+        """
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False  # every batch uses every parameter
+        super().create_accelerator_and_postprocess()
+        for name, value in UNDIVIDED_BATCHES.items():
+            setattr(self.accelerator.dataloader_config, name, value)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(
+                    f"fsdp_version is {plugin.fsdp_version}, whose flat weights are not supported; set it to 2."
+                )
+            if plugin.mixed_precision_policy is not None:
+                # accelerate's would round timesteps, losses and summed gradients to bfloat16
+                exact = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
+                plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        model = super()._wrap_model(model, training, dataloader)
+        if self.is_fsdp_enabled and "forward" not in vars(model):
+            model.forward = self.accelerator.autocast()(model.forward)  # as accelerate does without FSDP
+        return model
 
     def _check_settings(self) -> None:
         if self.args.n_gpu > 1:
@@ -175,10 +202,17 @@ class TransfusionTrainer(ResumingTrainer):
                 f"hub_strategy={self.args.hub_strategy.value!r} would upload checkpoints, which hold "
                 "paths; set 'end' or 'every_save'."
             )
-        if self._ema is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("ema_decay needs whole weights in every process; set it to None with FSDP or DeepSpeed.")
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != SaveStrategy.NO:
-            raise ValueError("Checkpoints need whole weights; set save_strategy='no' with FSDP or DeepSpeed.")
+        if self._ema is not None and self.is_deepspeed_enabled:
+            raise ValueError("ema_decay: DeepSpeed keeps the weights to itself; leave it out, or use FSDP2.")
+        if self.is_deepspeed_enabled and self.args.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "Checkpoints: DeepSpeed keeps the weights to itself; set save_strategy='no', or use FSDP2."
+            )
+        if getattr(getattr(self.model.config, "distributed_config", None), "fsdp_mixed_precision", False):
+            raise ValueError(
+                "DistributedConfig(fsdp_mixed_precision=True) would round timesteps to bfloat16; set bf16=True of the "
+                "training arguments in its place."
+            )
         if self._ema is not None and self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end would leave the average of the last step; leave out one of them.")
         if self._budget is not None and (self.args.max_steps > 0 or self.args.warmup_steps >= 1):
@@ -259,7 +293,7 @@ class TransfusionTrainer(ResumingTrainer):
         if is_step:
             divisors = torch.stack([inputs["num_items_in_batch"], inputs["num_image_items_in_batch"]])
             self._train_sums.add(losses, divisors, counts)
-            self._level_sums.add(self.model.config, inputs, outputs["image_prediction"])
+            self._level_sums.add(self.model.config, inputs, outputs.get("image_prediction"))
             self._meter.add(inputs)
             # What Trainer divides by, and what data parallelism does.
             loss = loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
@@ -316,11 +350,14 @@ class TransfusionTrainer(ResumingTrainer):
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take the losses off the rows by which accelerate fills the last batch of several processes."""
-        accelerator, state = self.accelerator, self.accelerator.gradient_state
-        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+        state, size = (
+            self.accelerator.gradient_state,
+            self.get_tp_size(),
+        )  # tensor-parallel processes have the same rows
+        if self.accelerator.num_processes == size or not state.end_of_dataloader or state.remainder < 1:
             return inputs
         num_rows = len(inputs["input_ids"])
-        kept = min(max(state.remainder - accelerator.process_index * num_rows, 0), num_rows)
+        kept = min(max(state.remainder - self.accelerator.process_index // size * num_rows, 0), num_rows)
         inputs = {**inputs, "labels": inputs["labels"].clone()}
         inputs["labels"][kept:] = IGNORE_INDEX
         if "latent_patches" in inputs:
@@ -368,11 +405,18 @@ class TransfusionTrainer(ResumingTrainer):
 
     def _save_final(self, folder: str) -> None:
         with self.averaged_weights():
-            super().save_model(folder, _internal_call=True)
+            self._save_whole(folder)
         model = self.accelerator.unwrap_model(self.model)
         is_adapter = not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded
         if self.args.should_save and isinstance(self.processing_class, ProcessorMixin) and not is_adapter:
             save_pipeline_parts(folder, model.config)
+
+    def _save_whole(self, folder: str) -> None:
+        if self.is_fsdp_enabled:  # of a sharded state dict Trainer would leave out the model
+            weights = named_weights(self.model)
+            self._save(folder, whole_tensors({name: weight for weight, name in weights.items()}))
+        else:
+            super().save_model(folder, _internal_call=True)
 
     def _saves_processor(self) -> bool:
         """Whether checkpoints hold the processor: its VAE, if any, is not larger than what is trained."""
@@ -412,11 +456,11 @@ class TransfusionTrainer(ResumingTrainer):
 
     def _snapshot_model(self) -> Snapshot:
         write_model = super()._snapshot_model()
+        average = self._ema and self._ema.average
+        write_average = None if average is None else average.snapshot(self.model)  # all processes have shares
         if not self.args.should_save:
             return write_model
         processor = self.processing_class if self._saves_processor() else None
-        average = self._ema and self._ema.average
-        write_average = None if average is None else average.snapshot()
 
         def write(folder: Path) -> None:
             write_model(folder)
