@@ -263,3 +263,16 @@ def test_a_training_that_goes_on_equals_one_that_was_not_interrupted(kind: str, 
     assert largest_difference(whole.state_dict(), resumed.state_dict()) == 0
     if isinstance(all_rows, StreamRows):
         assert late_rows.num_read <= all_rows.num_read - 4 * 4  # what was learned before was not made again
+
+
+def test_a_fingerprint_tells_sets_apart_wherever_they_lie(tmp_path: Path) -> None:
+    def found(folder: str, count: int = 6, seed: int = 0, **options: Any) -> str:
+        spec = DataSpec((source("imagefolder", tmp_path / folder, count),), **options)
+        return build_rows(spec, processor(), seed).fingerprint
+
+    first = found("a")
+    assert first == found("b")
+    others = [found("c", 5), found("d", seed=1), found("e", caption_first=0.5), found("f", flip=True)]
+    assert len({first, *others}) == 5
+    stream = build_rows(DataSpec((source("stream", tmp_path / "s"),)), processor())
+    assert stream.fingerprint == stream.fingerprint != first

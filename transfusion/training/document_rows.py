@@ -4,7 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..image_processing import load_picture
 from ..processing import IGNORE_INDEX, TransfusionProcessor
 from .latent_cache import LatentStore
 from .rows import SEED_BITS, SeededRows
+from .states import fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ class RowMaker:
     flip: bool = False
     crop: str = "center"
     latents: LatentStore | None = field(default=None, repr=False)
+
+    @property
+    def settings(self) -> list[Any]:
+        """What rows depend on, beside documents and latents."""
+        return [self.caption_first, self.buckets, self.flip, self.crop]
 
     def __post_init__(self) -> None:
         """Check the buckets as the image processor checks its size."""
@@ -183,6 +189,12 @@ class DocumentRows(SeededRows):
         self.mixture = Mixture([len(survey.rows) for survey in surveys], weights, length, seed)
         self.reports = list(reports)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of which rows there are, of their pictures, and of how they are made and mixed; not of texts."""
+        found = [[survey.rows, [[key.digest for key in keys] for keys in survey.pictures]] for survey in self.surveys]
+        return fingerprint([found, self.mixture.counts, self.maker.settings, self.seed])
+
     def __len__(self) -> int:
         return len(self.mixture)
 
@@ -225,6 +237,11 @@ class StreamRows(IterableDataset):
         self.max_faulty, self.strict, self.max_length, self.seed = max_faulty, strict, max_length, seed
         self.faults: list[DataFault] = []
         self.num_read = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of how rows are made; what the stream holds is not known."""
+        return fingerprint([str(self.stream.path), self.max_length, self.maker.settings, self.seed])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
