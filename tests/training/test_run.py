@@ -1,11 +1,17 @@
 """Whole trainings as files state them, on a few pictures."""
 
+import contextlib
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModel
 
 from transfusion import TransfusionPipeline
@@ -13,6 +19,7 @@ from transfusion.training.run import run_arguments, start_model, train_run
 from transfusion.training.specs import ModelSpec, parse_spec
 
 
+ROOT = Path(__file__).parents[2]
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -113,3 +120,23 @@ def test_batches_that_cannot_be_shared_are_refused(picture_folder: Path, tmp_pat
     entries["training"] |= {"accumulation": 4, "batch_size": 6}
     with pytest.raises(ValueError, match="batch_size is 6; give a multiple of 4"):
         run_arguments(parse_spec(entries))
+
+
+def test_trackio_gets_losses_and_drawings(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own: trackio reads where to write when it is imported."""
+    entries = entries_of(tmp_path / "out", picture_folder)
+    entries["watch"] |= {"prompts": ["a red heart"], "trackers": ["trackio"]}
+    entries["training"] |= {"num_inference_steps": 2}
+    entries["checkpoints"] = {"every": None}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(entries))
+    variables = {**os.environ, "TRACKIO_DIR": str(tmp_path / "tracked"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "transfusion.cli", "train", str(file)]
+    subprocess.run(command, check=True, env=variables, cwd=ROOT, capture_output=True, timeout=300)
+    [database] = (tmp_path / "tracked").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        logged = " ".join(str(row) for row in connection.execute("select * from metrics"))
+    assert "text_loss" in logged and "trackio.image" in logged
+    assert list((tmp_path / "tracked").rglob("*.png"))

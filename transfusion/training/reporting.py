@@ -118,7 +118,7 @@ def _fitted(title: str, font: Any, width: int) -> str:
 
 
 class SampleGridCallback(TrainerCallback):
-    """Draws the same prompts from the same noise, again and again, into `output_dir/samples/` and TensorBoard.
+    """Draws the same prompts from the same noise, again and again, into `output_dir/samples/` and to trackers.
 
     Args:
         processor: The model's.
@@ -184,6 +184,10 @@ class SampleGridCallback(TrainerCallback):
 
                 self._writer = SummaryWriter(str(folder))
             self._writer.add_image("samples", np.asarray(sheet), state.global_step, dataformats="HWC")
+        if "trackio" in args.report_to:
+            import trackio
+
+            trackio.log({"samples": trackio.Image(np.asarray(sheet))}, step=state.global_step)
 
 
 def plot_losses(log_history: Sequence[dict[str, Any]], file: str | os.PathLike) -> None:

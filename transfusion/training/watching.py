@@ -193,8 +193,6 @@ class CaptionCallback(TrainerCallback):
             self._caption(args, state, kwargs["model"])
 
     def _caption(self, args: Any, state: Any, model: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         was_training = model.training
         model.eval()
         try:
@@ -203,6 +201,8 @@ class CaptionCallback(TrainerCallback):
                 captions = pipeline.caption(list(self.pictures.values()), do_sample=False).text
         finally:
             model.train(was_training)
+        if not state.is_world_process_zero:
+            return  # but it took part, for a model that is sharded
         file = Path(args.output_dir, "samples", "captions.md")
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = [f"| {name} | {caption} |" for name, caption in zip(self.pictures, captions, strict=True)]
