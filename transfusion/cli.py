@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.logging import RichHandler
+
+try:
+    import typer
+    from rich.logging import RichHandler
+except ImportError as error:
+    raise SystemExit(f"{error}: the command needs pip install 'transfusion-transformers[train]'.") from error
 
 
 app = typer.Typer(

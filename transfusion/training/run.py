@@ -4,12 +4,13 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, ProgressCallback, TrainingArguments, set_seed
 
 from ..autoencoder import load_vae
 from ..configuration import PRESETS
@@ -27,7 +28,7 @@ from .signals import SaveOnSignal
 from .specs import LengthSpec, ModelSpec, RunSpec, TrainingSpec
 from .speed import bf16_is_faster, choose_attention, choose_packing, compile_for_training, sample_lengths
 from .trainer import TransfusionTrainer
-from .watching import CaptionCallback, TextLossAlert, write_summary
+from .watching import CaptionCallback, RichProgress, TextLossAlert, write_summary
 
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,8 @@ def add_watchers(trainer: TransfusionTrainer, spec: RunSpec, training: TrainingS
     watch, processor = spec.watch, trainer.processing_class
     trainer.add_callback(SaveOnSignal())
     trainer.add_callback(TextLossAlert())
+    if sys.stderr.isatty() and spec.length.max_minutes is None and trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(RichProgress())
     if watch.prompts:
         add_sample_sheets(trainer, training, processor, watch.prompts, watch.sample_every)
     if watch.pictures:

@@ -28,10 +28,10 @@ from .averaging import EmaCallback
 from .budget import RESOLUTION, BudgetProgressCallback, TimeBudget
 from .collator import IGNORE_INDEX, TransfusionDataCollator
 from .distributed import named_weights, whole_tensors
+from .metering import LevelSums, SpeedMeter
 from .resuming import ResumingTrainer, Snapshot
 from .sharding import SharedStream, divide
 from .speed import not_compiling
-from .watching import LevelSums, SpeedMeter
 
 
 logger = logging.get_logger(__name__)
