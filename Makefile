@@ -1,8 +1,7 @@
 # `make check` is what CI runs. Everything uses the environment that is active: see `make venv`.
 PYTHON ?= python3
-# One thread per process: on two cores two threads cost three times the CPU time. Two processes (WORKERS=2) pay their
-# imports back only where the tests take more than about a minute.
-WORKERS ?= 0
+# One thread per process: on two cores two threads cost three times the CPU time. WORKERS=0 tests in this process.
+WORKERS ?= 2
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help venv install format lint types test test-all check demo clean
