@@ -40,6 +40,7 @@ def train(output_dir: Path, callbacks: list[TrainerCallback]) -> None:
         save_steps=1,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
+        ddp_timeout=20,  # now and then gloo looks for a process of the attempt before
     )
     trainer = TransfusionTrainer(
         tiny_model(objective="flow"),
