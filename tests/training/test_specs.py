@@ -79,6 +79,7 @@ def test_a_number_is_a_number(written: str, tmp_path: Path) -> None:
         ("watch.trackers", ["wandb"], "trackers is 'wandb'; allowed: tensorboard, trackio"),
         ("watch.pictures", ["no.png"], "no.png is no file"),
         ("checkpoints.keep_best", True, "keep_best needs losses to compare"),
+        ("training.attention", "fast", "attention is 'fast'; allowed: eager, sdpa, flex_attention"),
         ("data.sources", [], "sources is empty"),
     ],
 )
@@ -109,3 +110,31 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         read_spec(file)
     with pytest.raises(ValueError, match="output_dir has no entries below it"):
         read_spec(file, ["output_dir.x=1"])
+
+
+def test_what_excludes_each_other_is_refused() -> None:
+    held_out = {"validation": copy.deepcopy(LEAST["data"])}
+    with pytest.raises(
+        ValueError, match="keep_best needs a checkpoint at each evaluation: every is 5 and sample_every"
+    ):
+        parse_spec(with_entry("checkpoints", {"every": 5, "keep_best": True}) | held_out)
+    both = with_entry("checkpoints", {"every": 5, "keep_best": True}) | held_out | {"watch": {"sample_every": 5}}
+    assert parse_spec(both).checkpoints.keep_best
+    with pytest.raises(ValueError, match="A stream has no end that is known; give max_steps"):
+        stream = {"sources": [{"kind": "stream", "path": "p"}]}
+        parse_spec(LEAST | {"data": stream, "length": {"max_minutes": 3}})
+    with pytest.raises(ValueError, match="freeze_text trains weights of pictures"):
+        parse_spec(LEAST | {"model": {"text_model": "x", "freeze_text": True, "lora": {"rank": 2}}})
+    with pytest.raises(ValueError, match="image_size: not read with checkpoint"):
+        parse_spec(LEAST | {"model": {"checkpoint": "x", "image_size": 128}})
+
+
+def test_numbers_of_the_config_are_numbers_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "output_dir: x\nmodel: {preset: demo, config: {rms_norm_eps: 1e-6, hidden_act: silu, patch_size: 2}}\n"
+        "length: {max_steps: 3}\ndata: {sources: [{kind: imagefolder, path: 3e5x}]}\n"
+    )
+    spec = read_spec(file)
+    assert spec.model.config == {"rms_norm_eps": 1e-6, "hidden_act": "silu", "patch_size": 2}
+    assert spec.data.sources[0].path == "3e5x"

@@ -18,9 +18,32 @@ def test_attention_is_chosen_for_the_machine(
     on_cuda: bool, longest: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    monkeypatch.setattr(speed, "has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
     model = tiny_model()
     choose_attention(model, longest)
     assert model.config._attn_implementation == expected
+    choose_attention(model, longest, "eager")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(("triton", "compiler"), [(False, True), (True, False)])
+def test_a_gpu_without_compilers_is_used_as_it_is(
+    triton: bool, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(speed, "has_triton", lambda: triton)
+    monkeypatch.setattr("shutil.which", lambda name: name if compiler else None)
+    model = tiny_model()
+    choose_attention(model, 8192)
+    assert model.config._attn_implementation == "sdpa" and not speed.can_compile()
+
+
+def test_rows_of_a_mixture_are_sampled_from_all_sources() -> None:
+    rows = [{"input_ids": [0] * (70 if index % 2 else 2000)} for index in range(10240)]
+    lengths = speed.sample_lengths(rows)
+    assert len(lengths) == 256 and set(lengths) == {70, 2000}
+    assert len(speed.sample_lengths(rows[:5])) == 5
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,7 @@ def start_from_text_model(
     Args:
         path: A checkpoint of the Llama family with its tokenizer.
         image_size: Side of the pictures in pixels.
-        vae: A folder or Hub name with an autoencoder of diffusers in `vae/`; by default the one that ships with the
-            package.
+        vae: As for `open_vae`.
         freeze_text: Give pictures weights of their own and train only these.
         overrides: Fields of the config.
 
@@ -110,9 +109,7 @@ def start_from_text_model(
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     check_tokenizer(tokenizer)
-    autoencoder = load_shipped_vae() if vae is None else load_vae(vae)
-    if autoencoder is None:
-        raise ValueError(f"{vae} has no folder vae; give the folder or Hub name in which it lies.")
+    autoencoder = open_vae(vae)
     fields = {name: PRESETS["demo"][name] for name in IMAGE_FIELDS} | overrides
     image_processor = TransfusionImageProcessor(size=image_size, patch_size=fields["patch_size"])
     processor = TransfusionProcessor(image_processor, tokenizer, autoencoder)
@@ -121,6 +118,25 @@ def start_from_text_model(
         path, processor, freeze_text, dtype=torch.float32, **fields
     )
     return model, processor
+
+
+def open_vae(name: str | os.PathLike | None) -> Any:
+    """An autoencoder of diffusers, or None for `"none"`: pixels are the latents then.
+
+    Args:
+        name: A folder or Hub name with the autoencoder in `vae/`; None: the one that ships with the package.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name is None:
+        return load_shipped_vae()
+    if name == "none":
+        return None
+    vae = load_vae(name)
+    if vae is None:
+        raise ValueError(f"{name} has no folder vae; give the folder or Hub name in which it lies.")
+    return vae
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -302,6 +318,7 @@ __all__ = [
     "check_tokenizer",
     "finetune",
     "load_start",
+    "open_vae",
     "split_pictures",
     "start_from_text_model",
 ]

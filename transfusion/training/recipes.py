@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
 DEMO_MINUTES = 12.0
 DEMO_PROMPTS = (
     "a red heart",
@@ -65,6 +66,7 @@ class Recipe:
         bf16: Compute in bfloat16; by default where that measures faster.
         packed_length: Lay the rows of a batch one after the other, up to so many tokens, without padding; by default
             all of a batch, where their lengths differ much; 0 never does.
+        attention: `"eager"`, `"sdpa"` or `"flex_attention"`; by default what is fastest.
         compile: Compile the layers; by default on GPUs, and in long trainings where there is a C++ compiler.
         num_inference_steps, guidance_scale: Of the sample sheets; by default those of the model.
         seed: Of everything.
@@ -77,6 +79,7 @@ class Recipe:
     text_dropout: float = 0.1
     bf16: bool | None = None
     packed_length: int | None = None
+    attention: str | None = None
     compile: bool | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -85,6 +88,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check what no later step would."""
         check_duration(batch_size=self.batch_size)
+        if self.attention not in (None, *ATTENTIONS):
+            raise ValueError(f"attention is {self.attention!r}; allowed: {', '.join(ATTENTIONS)}.")
         for name in ("caption_first", "text_dropout"):
             if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share, 0 to 1.")
@@ -260,7 +265,7 @@ def choose_speed(
         packed_length = choose_packing([*sample_lengths(rows), longest], recipe.batch_size)
     recipe = dataclasses.replace(recipe, packed_length=packed_length or 0)
     check_lengths(rows, model.config, packed_length or None)
-    choose_attention(model, packed_length or longest)
+    choose_attention(model, packed_length or longest, recipe.attention)
     compile_for_training(model, recipe.compile, max_minutes, max_steps)
     return recipe
 

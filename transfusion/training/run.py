@@ -12,18 +12,17 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import AutoTokenizer, ProgressCallback, TrainingArguments, set_seed
 
-from ..autoencoder import load_vae
 from ..configuration import PRESETS
 from ..data import load_tokenizer
-from ..data import load_vae as load_shipped_vae
 from ..data.specs import DataSpec
 from ..image_processing import TransfusionImageProcessor, load_picture
 from ..modeling_transfusion import TransfusionForMultimodalGeneration
 from ..processing import TransfusionProcessor
 from .assembly import build_rows
-from .finetuning import FinetuneRecipe, add_adapters, check_tokenizer, load_start, start_from_text_model
+from .finetuning import FinetuneRecipe, add_adapters, check_tokenizer, load_start, open_vae, start_from_text_model
 from .optimizers import MuonAdamW
 from .recipes import add_sample_sheets, make_collator, preset_config, save_training, training_arguments
+from .resuming import RUN_FILE
 from .signals import SaveOnSignal
 from .specs import LengthSpec, ModelSpec, RunSpec, TrainingSpec
 from .speed import bf16_is_faster, choose_attention, choose_packing, compile_for_training, sample_lengths
@@ -33,6 +32,8 @@ from .watching import CaptionCallback, RichProgress, TextLossAlert, write_summar
 
 logger = logging.getLogger(__name__)
 
+IMAGE_SIZE = 64
+PREPARATION_SECONDS = 6 * 3600  # how long other processes wait while the first encodes the pictures
 SCHEDULES = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
 
 
@@ -44,27 +45,17 @@ def start_model(spec: ModelSpec) -> tuple[TransfusionForMultimodalGeneration, Tr
     """
     if spec.checkpoint is not None:
         return load_start(spec.checkpoint)
+    image_size = spec.image_size or IMAGE_SIZE
     if spec.text_model is not None:
-        return start_from_text_model(spec.text_model, spec.image_size, spec.vae, spec.freeze_text, **spec.config)
+        return start_from_text_model(spec.text_model, image_size, spec.vae, spec.freeze_text, **spec.config)
     if spec.preset not in PRESETS:
         raise ValueError(f"preset is {spec.preset!r}; known: {', '.join(PRESETS)}.")
     fields = PRESETS[spec.preset] | spec.config
     tokenizer = load_tokenizer() if spec.tokenizer is None else AutoTokenizer.from_pretrained(spec.tokenizer)
     tokenizer.model_max_length = fields["max_position_embeddings"]
-    image_processor = TransfusionImageProcessor(size=spec.image_size, patch_size=fields["patch_size"])
-    processor = TransfusionProcessor(image_processor, tokenizer, _vae(spec.vae))
+    image_processor = TransfusionImageProcessor(size=image_size, patch_size=fields["patch_size"])
+    processor = TransfusionProcessor(image_processor, tokenizer, open_vae(spec.vae))
     return TransfusionForMultimodalGeneration(preset_config(processor, spec.preset, **spec.config)), processor
-
-
-def _vae(name: str | None) -> Any:
-    if name is None:
-        return load_shipped_vae()
-    if name == "none":
-        return None
-    vae = load_vae(name)
-    if vae is None:
-        raise ValueError(f"{name} has no folder vae; give the folder or Hub name in which it lies.")
-    return vae
 
 
 def run_arguments(spec: RunSpec, **options: Any) -> TrainingArguments:
@@ -80,6 +71,7 @@ def run_arguments(spec: RunSpec, **options: Any) -> TrainingArguments:
         "dataloader_num_workers": training.num_workers,
         "max_steps": -1 if length.max_steps is None else length.max_steps,
         "logging_steps": spec.watch.every,
+        "ddp_timeout": PREPARATION_SECONDS,
         "report_to": list(spec.watch.trackers) or "none",
     }
     num_parts = int(os.environ.get("WORLD_SIZE", 1)) * training.accumulation
@@ -87,7 +79,7 @@ def run_arguments(spec: RunSpec, **options: Any) -> TrainingArguments:
         raise ValueError(
             f"batch_size is {training.batch_size}; give a multiple of {num_parts}, processes x accumulation."
         )
-    fields["per_device_train_batch_size"] = training.batch_size // num_parts
+    fields["per_device_train_batch_size"] = fields["per_device_eval_batch_size"] = training.batch_size // num_parts
     if training.gradient_checkpointing:
         fields["gradient_checkpointing"] = True
     if training.schedule == "cosine":
@@ -113,21 +105,24 @@ def open_rows(
 
 
 def choose_run_speed(
-    model: TransfusionForMultimodalGeneration, training: TrainingSpec, rows: Any, length: LengthSpec, longest: int
+    model: TransfusionForMultimodalGeneration,
+    training: TrainingSpec,
+    rows: Any,
+    length: LengthSpec,
+    longest: int,
+    num_samples: int = 256,
 ) -> TrainingSpec:
     """Choose packing, attention and compilation where `training` leaves them open, and set up `model`.
 
     The rows of a stream cannot be looked at beforehand: they are always packed.
     """
-    packed_length = training.packed_length
-    if isinstance(rows, IterableDataset):
+    packed_length, is_stream = training.packed_length, isinstance(rows, IterableDataset)
+    lengths = [longest] if is_stream else sample_lengths(rows, num_samples)
+    if is_stream:
         packed_length = packed_length or longest
-    elif packed_length is None:
-        packed_length = choose_packing(sample_lengths(rows), training.batch_size)
-        packed_length = None if packed_length is None else max(packed_length, longest)
-    choose_attention(
-        model, packed_length or (longest if isinstance(rows, IterableDataset) else max(sample_lengths(rows)))
-    )
+    elif packed_length is None and (packed_length := choose_packing(lengths, training.batch_size)) is not None:
+        packed_length = max(packed_length, longest)
+    choose_attention(model, packed_length or max(lengths), training.attention)
     compile_for_training(model, training.compile, length.max_minutes, length.max_steps)
     return dataclasses.replace(training, packed_length=packed_length or 0)
 
@@ -146,6 +141,9 @@ def train_run(spec: RunSpec, resume: bool = False) -> TransfusionTrainer:
         ValueError: Anything that cannot be trained.
         SystemExit: A signal stopped the training, with a checkpoint: see `SaveOnSignal`.
     """
+    resume = resume and has_checkpoint(spec.output_dir)
+    if resume and spec.training.bf16 is None:
+        spec = dataclasses.replace(spec, training=dataclasses.replace(spec.training, bf16=saved_bf16(spec.output_dir)))
     training, length = spec.training, spec.length
     arguments = run_arguments(spec)
     set_seed(training.seed)
@@ -158,7 +156,12 @@ def train_run(spec: RunSpec, resume: bool = False) -> TransfusionTrainer:
     with arguments.main_process_first(desc="encoding pictures"):
         rows = open_rows(spec.data, processor, training.seed, longest, spec.output_dir)
         held_out = spec.validation and open_rows(spec.validation, processor, training.seed, longest, spec.output_dir)
-    training = choose_run_speed(model, training, rows, length, spec.data.max_length or longest)
+    longest = min(spec.data.max_length or longest, longest)
+    num_samples = 64 if spec.data.augments else 256  # each of which is encoded then
+    training = choose_run_speed(model, training, rows, length, longest, num_samples)
+    if training.packed_length:  # evaluations are padded
+        fitting = max(1, training.packed_length // longest)
+        arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, fitting)
     trainer = TransfusionTrainer(
         trained_model(model, spec.model),
         arguments,
@@ -172,7 +175,7 @@ def train_run(spec: RunSpec, resume: bool = False) -> TransfusionTrainer:
     )
     add_watchers(trainer, spec, training)
     logger.info("%d parameters to train", trainer.get_num_trainable_parameters())
-    trainer.train(resume_from_checkpoint=resume and has_checkpoint(spec.output_dir))
+    trainer.train(resume_from_checkpoint=resume)
     if spec.model.lora is not None and spec.model.lora.merge:
         trainer.model = trainer.model.merge_and_unload()
     save_training(trainer)
@@ -191,7 +194,7 @@ def add_watchers(trainer: TransfusionTrainer, spec: RunSpec, training: TrainingS
     if watch.prompts:
         add_sample_sheets(trainer, training, processor, watch.prompts, watch.sample_every)
     if watch.pictures:
-        pictures = {Path(name).name: load_picture(name) for name in watch.pictures}
+        pictures = {name: load_picture(name) for name in watch.pictures}
         trainer.add_callback(CaptionCallback(processor, pictures, watch.sample_every, trainer.averaged_weights))
 
 
@@ -217,6 +220,15 @@ def muon_options(model: TransfusionForMultimodalGeneration, training: TrainingSp
 def has_checkpoint(output_dir: str | os.PathLike) -> bool:
     """Whether a folder holds a checkpoint, whole or not."""
     return any(Path(output_dir).glob("checkpoint-*"))
+
+
+def saved_bf16(output_dir: str | os.PathLike) -> bool | None:
+    """Whether the newest checkpoint was computed in bfloat16: measured anew, another may be faster."""
+    runs = sorted(Path(output_dir).glob(f"checkpoint-*/{RUN_FILE}"), key=lambda file: file.stat().st_mtime)
+    try:
+        return json.loads(runs[-1].read_text(encoding="utf-8"))["fingerprint"]["bf16"] if runs else None
+    except (ValueError, KeyError):
+        return None  # a harmed one, which is named when the training looks for the newest that is complete
 
 
 __all__ = ["choose_run_speed", "muon_options", "open_rows", "run_arguments", "start_model", "train_run"]

@@ -11,16 +11,21 @@ training: {learning_rate: 3e-4}
 
 import difflib
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from yaml import YAMLError
+
 from ..data.specs import DataSpec
 from .recipes import Recipe, check_duration
 
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
 TRACKERS = ("tensorboard", "trackio")
@@ -68,7 +73,7 @@ class ModelSpec:
         tokenizer: With `preset`: a folder or a name on the Hub; by default the one that ships with the package.
         vae: A folder or a name on the Hub with an autoencoder of diffusers in `vae/`; by default the one that ships;
             `"none"`: pixels are the latents. Not with `checkpoint`, which has one.
-        image_size: Side of the pictures in pixels; not with `checkpoint`.
+        image_size: Side of the pictures in pixels, 64 without; not with `checkpoint`.
     """
 
     checkpoint: str | None = None
@@ -79,7 +84,7 @@ class ModelSpec:
     lora: LoraSpec | None = None
     tokenizer: str | None = None
     vae: str | None = None
-    image_size: int = 64
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check that there is one beginning, and nothing that it does not read."""
@@ -88,12 +93,19 @@ class ModelSpec:
         if len(given) != 1:
             raise ValueError(f"Given are {' and '.join(given) or 'none'}; give one of {', '.join(beginnings)}.")
         unread = {
-            "checkpoint": {"config": self.config, "tokenizer": self.tokenizer, "vae": self.vae},
+            "checkpoint": {
+                "config": self.config,
+                "tokenizer": self.tokenizer,
+                "vae": self.vae,
+                "image_size": self.image_size,
+            },
             "text_model": {"tokenizer": self.tokenizer},
             "preset": {},
         }[given[0]] | ({} if self.text_model else {"freeze_text": self.freeze_text})
         if wrong := [name for name, value in unread.items() if value]:
             raise ValueError(f"{', '.join(wrong)}: not read with {given[0]}; leave it out.")
+        if self.freeze_text and self.lora is not None:
+            raise ValueError("freeze_text trains weights of pictures, lora adapters of all: leave out one of them.")
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,8 @@ class RunSpec:
         output_dir: Where everything goes.
         model, data, length, training, checkpoints, watch: See there.
         validation: What the losses are evaluated on, if anything.
+
+    Latents are kept in `output_dir/latents` where `cache_dir` of the data is not given.
     """
 
     output_dir: str
@@ -221,6 +235,13 @@ class RunSpec:
         """Check what concerns two of them."""
         if self.checkpoints.keep_best and self.validation is None:
             raise ValueError("keep_best needs losses to compare; give validation, or leave it out.")
+        if self.checkpoints.keep_best and self.checkpoints.every != self.watch.sample_every:
+            raise ValueError(
+                f"keep_best needs a checkpoint at each evaluation: every is {self.checkpoints.every} and sample_every "
+                f"{self.watch.sample_every}; make them equal."
+            )
+        if self.data.is_stream and self.length.max_steps is None:
+            raise ValueError("A stream has no end that is known; give max_steps.")
         if self.model.lora is not None and self.training.ema_decay is not None:
             raise ValueError("ema_decay: adapters are not averaged; leave out one of lora and ema_decay.")
 
@@ -235,21 +256,29 @@ def read_spec(file: str | os.PathLike, changes: Sequence[str] = ()) -> RunSpec:
     Raises:
         ValueError: No such file, no YAML, an unknown or missing entry, a value of another type.
     """
-    import yaml
-
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{path} is no file; give the YAML file of a training.")
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        parsed = [(name, yaml.safe_load(value)) for name, _, value in (change.partition("=") for change in changes)]
-    except yaml.YAMLError as error:
+        entries = _load_yaml(path.read_text(encoding="utf-8"))
+        parsed = [(name, _load_yaml(value)) for name, _, value in (change.partition("=") for change in changes)]
+    except YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} holds a {type(entries).__name__}; it needs entries such as output_dir and model.")
     for name, value in parsed:
         _set(entries, name, value)
     return parse_spec(entries)
+
+
+def _load_yaml(text: str) -> Any:
+    """Read YAML in which `1e-3` is a number, as in YAML 1.2; for YAML 1.1, which PyYAML knows, it is text."""
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+    return yaml.load(text, Loader)
 
 
 def _set(entries: dict[str, Any], name: str, value: Any) -> None:
@@ -262,7 +291,7 @@ def _set(entries: dict[str, Any], name: str, value: Any) -> None:
 
 
 def parse_spec(entries: Mapping[str, Any]) -> RunSpec:
-    """Make a `RunSpec` of the entries of a file: `"1e-3"`, which YAML takes for text, is a number where one is wanted.
+    """Make a `RunSpec` of the entries of a file.
 
     Raises:
         ValueError: Naming the entry, by its path.

@@ -1,11 +1,15 @@
 """What is fastest where: precision, attention, packing and compilation of a training, chosen without asking."""
 
+import os
+import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from ..modeling_transfusion import TransfusionForMultimodalGeneration
 
@@ -32,23 +36,24 @@ def bf16_is_faster() -> bool:
     return torch.cuda.is_available() or seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def choose_attention(model: TransfusionForMultimodalGeneration, longest: int) -> None:
-    """Let `model` use what is fastest in training where it is, for rows of up to `longest` positions.
+def choose_attention(model: TransfusionForMultimodalGeneration, longest: int, wanted: str | None = None) -> None:
+    """Let `model` use what is `wanted`, or what is fastest in training here for rows of up to `longest` positions.
 
     On CUDA devices that is flex attention, which skips the blocks that the mask hides. On a CPU the fused kernel costs
     half as much again as attention written out where rows have a few dozen positions (docs/experiments.md), and less
     where they are long or packed.
     """
-    if torch.cuda.is_available():
-        model.set_attn_implementation("flex_attention")
-    else:
-        model.set_attn_implementation("eager" if longest <= SHORT_ROW else "sdpa")
+    if wanted is None and torch.cuda.is_available():
+        wanted = "flex_attention" if can_compile() else "sdpa"
+    elif wanted is None:
+        wanted = "eager" if longest <= SHORT_ROW else "sdpa"
+    model.set_attn_implementation(wanted)
 
 
 def sample_lengths(rows: Any, count: int = 256) -> list[int]:
-    """Positions of `count` rows, evenly over a dataset."""
-    step = max(1, len(rows) // count)
-    return [len(rows[index]["input_ids"]) for index in range(0, len(rows), step)]
+    """Positions of `count` rows, drawn without order: at equal steps a mixture may give one source alone."""
+    chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
+    return [len(rows[index]["input_ids"]) for index in chosen]
 
 
 def choose_packing(lengths: Sequence[int], batch_size: int) -> int | None:
@@ -71,9 +76,9 @@ def is_long(max_minutes: float | None, max_steps: int | None) -> bool:
 
 
 def can_compile() -> bool:
-    """Whether torch can compile here: on a CPU it needs a C++ compiler."""
+    """Whether torch can compile here: it needs a C++ compiler, or for a GPU Triton and a C compiler."""
     if torch.cuda.is_available():
-        return True
+        return has_triton() and any(shutil.which(os.environ.get("CC", name)) for name in ("cc", "gcc", "clang"))
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -93,7 +98,9 @@ def compile_for_training(
         ValueError: It is wanted, and there is no compiler.
     """
     if wanted and not can_compile():
-        raise ValueError("compile=True, and there is no C++ compiler here; install g++ or clang, or leave it out.")
+        raise ValueError(
+            "compile=True, and there is no C++ compiler here, or for a GPU no Triton; install it, or leave this out."
+        )
     if wanted is None:
         wanted = can_compile() and (torch.cuda.is_available() or is_long(max_minutes, max_steps))
     if wanted:
