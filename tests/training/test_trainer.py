@@ -451,8 +451,8 @@ def test_settings_that_do_not_go_together(
         TransfusionTrainer(tiny_model(), args, eval_dataset=RowList([]), **options)
 
 
-def test_checkpoints_of_sharded_weights_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_of_deepspeed_are_refused(tmp_path: Path) -> None:
     trainer = TransfusionTrainer(tiny_model(), arguments(tmp_path, save_strategy="steps"))
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="set save_strategy='no' with FSDP"):
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="set save_strategy='no', or use FSDP2"):
         trainer._check_settings()
