@@ -1,18 +1,17 @@
 """A Hub in memory, in place of the calls of huggingface_hub that reach the network."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 
-try:
-    from httpx2 import Request, Response
-except ImportError:  # huggingface_hub 1
-    from httpx import Request, Response  # type: ignore[import-not-found, no-redef]
+# huggingface_hub 2 uses httpx2 and 1 used httpx; either may be installed for other packages too.
+HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])
 
 
 class FakeHub:
@@ -55,7 +54,7 @@ class FakeHub:
         if self.is_down:
             raise LocalEntryNotFoundError("The Hub did not answer in time.")
         if filename not in self.files(repo_id, revision):
-            response = Response(404, request=Request("HEAD", f"https://huggingface.co/{repo_id}"))
+            response = HTTP.Response(404, request=HTTP.Request("HEAD", f"https://huggingface.co/{repo_id}"))
             raise RemoteEntryNotFoundError(filename, response=response)
         path = self.folder / filename
         path.write_bytes(self.files(repo_id, revision)[filename])

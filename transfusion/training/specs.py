@@ -92,16 +92,12 @@ class ModelSpec:
         given = [name for name, value in beginnings.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"Given are {' and '.join(given) or 'none'}; give one of {', '.join(beginnings)}.")
-        unread = {
-            "checkpoint": {
-                "config": self.config,
-                "tokenizer": self.tokenizer,
-                "vae": self.vae,
-                "image_size": self.image_size,
-            },
-            "text_model": {"tokenizer": self.tokenizer},
-            "preset": {},
-        }[given[0]] | ({} if self.text_model else {"freeze_text": self.freeze_text})
+        of_others = {
+            "checkpoint": ("config", "tokenizer", "vae", "image_size", "freeze_text"),
+            "text_model": ("tokenizer",),
+            "preset": ("freeze_text",),
+        }
+        unread = {name: getattr(self, name) for name in of_others[given[0]]}
         if wrong := [name for name, value in unread.items() if value]:
             raise ValueError(f"{', '.join(wrong)}: not read with {given[0]}; leave it out.")
         if self.freeze_text and self.lora is not None:

@@ -161,8 +161,8 @@ def write_summary(trainer: Any, settings: dict[str, Any], prompts: Sequence[str]
         lines.append("")
     if evaluations:
         last = evaluations[-1]
-        shown = ", ".join(f"{name} {last[name]:.4g}" for name in ("eval_loss", "eval_text_loss", "eval_image_loss"))
-        lines += [f"Held out, step {last['step']}: {shown}.", ""]
+        losses = [f"{name} {last[name]:.4g}" for name in ("eval_loss", "eval_text_loss", "eval_image_loss")]
+        lines += [f"Held out, step {last['step']}: {', '.join(losses)}.", ""]
     lines += ["![losses](losses.png)", ""]
     if sheets := sorted((folder / "samples").glob("step_*.png")):
         lines += [f"![drawings](samples/{sheets[-1].name})", "", *[f"* {prompt}" for prompt in prompts], ""]
