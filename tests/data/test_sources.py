@@ -114,3 +114,25 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no rows"):
         write_folder(tmp_path / "f", [], {})
         open_source(SourceSpec("imagefolder", str(tmp_path / "f")))
+
+
+@pytest.mark.parametrize("column", ["photo", "before", "story"])
+def test_pictures_of_named_columns_are_listed(column: str, tmp_path: Path) -> None:
+    rows: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+        "photo": ({"photo": "a.png", "text": "x"}, {"picture": "photo"}),
+        "before": ({"file_name": "b.png", "before": "a.png", "text": "x"}, {"original": "before"}),
+        "story": ({"story": [{"type": "image", "image": {"path": "a.png"}}]}, {"parts": "story"}),
+    }
+    row, names = rows[column]
+    pictures = {"a.png": png(1)} | ({"b.png": png(2)} if column == "before" else {})
+    folder = write_folder(tmp_path, [row], pictures)
+    for kind, path in (("imagefolder", folder), ("jsonl", folder / "metadata.jsonl")):
+        documents = open_source(SourceSpec(kind, str(path), **names))
+        assert not documents.records.faults and documents[0].pictures[0].read() == png(1)
+        assert {file.name for file in documents.records.files()} == {"metadata.jsonl", *pictures}
+
+
+def test_texts_about_images_are_no_files(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "text": "x", "image_description": "words " * 100, "image_url": "https://example.org/"}
+    documents = open_source(SourceSpec("imagefolder", str(write_folder(tmp_path, [row], {"a.png": png(1)}))))
+    assert {file.name for file in documents.records.files()} == {"metadata.jsonl", "a.png"}

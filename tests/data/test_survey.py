@@ -81,6 +81,25 @@ def test_a_survey_is_kept_until_a_file_changes(kind: str, tmp_path: Path) -> Non
     assert look() == first and len(looked) == 16
 
 
+def test_a_picture_of_a_named_column_that_changes_is_looked_at_again(tmp_path: Path) -> None:
+    write_folder(tmp_path, [{"photo": "a.png", "text": "x"}], {"a.png": png(1)})
+    spec = SourceSpec("jsonl", str(tmp_path / "metadata.jsonl"), picture="photo")
+    digests = []
+    for seed in (1, 1, 2):
+        (tmp_path / "a.png").write_bytes(png(seed, 8, 8 + seed))
+        digests.append(cached_survey(open_source(spec), spec, tmp_path / "cache", LIMIT).pictures[0][0].digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_name_longer_than_any_file_has_is_a_fault_that_is_kept(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "text": "x"}, {"image": "ab" * 5000, "text": "x"}]
+    write_folder(tmp_path, rows, {"a.png": png(1)})
+    spec = SourceSpec("imagefolder", str(tmp_path))
+    found = cached_survey(open_source(spec), spec, tmp_path / "cache", LIMIT)
+    assert found.rows == [0] and found.is_final and "no such file" in found.faults[0].reason
+    assert len(found.faults[0].reason) < 300
+
+
 def test_what_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, cache = write_pairs("imagefolder", tmp_path / "set", 3), tmp_path / "cache"
     with monkeypatch.context() as patched:

@@ -5,6 +5,7 @@ anything with a `read` that returns bytes.
 """
 
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ PICTURE_COLUMNS = ("image", "file_name", "jpg", "jpeg", "png", "webp")
 SOURCE_COLUMNS = ("source_image", "source_file_name", "source.jpg", "source.jpeg", "source.png", "source.webp")
 CAPTION_COLUMNS = ("captions", "text", "caption", "txt")
 PARTS_COLUMNS = ("parts",)
+PART_COLUMNS = ("image", "file_name")
 CONTENTS = ("documents", "edits", "pairs", "texts")
 
 Record = Mapping[str, Any]
@@ -100,6 +102,16 @@ class Columns:
     original: str | None = None
     caption: str | None = None
     parts: str | None = None
+
+    @property
+    def of_pictures(self) -> list[str]:
+        """Columns that may hold a picture: the given ones, and those of the usual names."""
+        return [name for name in (self.picture, self.original, *PICTURE_COLUMNS, *SOURCE_COLUMNS) if name is not None]
+
+    @property
+    def of_parts(self) -> list[str]:
+        """Likewise for lists of parts."""
+        return [name for name in (self.parts, *PARTS_COLUMNS) if name is not None]
 
     def resolve(self, available: Iterable[str], where: object) -> "Layout":
         """The columns of a source that has the `available` ones.
@@ -203,9 +215,9 @@ def find_picture(value: Any, record: Record, root: Path | None, id: str) -> Pict
         raise ValueError(f"{value!r} names a file; a source of this kind must hold the bytes of its pictures")
     file = file_inside(root, value)
     if file is None:
-        raise ValueError(f"{value!r} leaves the folder")
-    if not file.is_file():
-        raise ValueError(f"{value!r}: no such file")
+        raise ValueError(f"{value[:200]!r} leaves the folder")
+    if not os.path.isfile(file):  # unlike Path.is_file, also where the name is longer than any file's may be
+        raise ValueError(f"{value[:200]!r}: no such file")
     return Picture(str(file), file)
 
 
@@ -248,7 +260,7 @@ def _interleaved(id: str, parts: Any, record: Record, root: Path | None) -> Docu
         if kind == "text" and (texts := phrasings(part.get("text"))):
             found.append(Text(texts))
         elif kind == "image":
-            value = _first(part, ("image", "file_name"))
+            value = _first(part, PART_COLUMNS)
             found.append(find_picture(value, record, root, f"{id}, part {number}"))
         else:
             shown = str(part)[:100]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .documents import Columns, Document, Layout, Record
+from .documents import PART_COLUMNS, Columns, Document, Layout, Record
 from .pictures import DataFault, find_metadata, unlisted_pictures
 from .specs import SourceSpec
 from .tars import TarRecords
@@ -43,15 +43,16 @@ class LineRecords:
 
     Args:
         path: The file, or a folder that has a metadata.jsonl.
+        columns: Which columns name pictures, beside those of the usual names.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, columns: Columns | None = None) -> None:
         is_folder = Path(path).is_dir() or Path(path).suffix != ".jsonl"
         self.path = find_metadata(path) if is_folder else _existing(path)
         self.root: Path | None = self.path.parent
         self.faults: list[DataFault] = []
         self._spans: list[tuple[int, int, int]] = []  # line, start, end
-        columns: dict[str, None] = {}
+        known: dict[str, None] = {}
         listed: set[str] = set()
         for number, start, line in self._lines():
             try:
@@ -62,11 +63,11 @@ class LineRecords:
                 reason = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError | UnicodeError) else str(error)
                 self.faults.append(DataFault(f"{self.path}:{number}", reason))
                 continue
-            columns |= dict.fromkeys(row)
-            listed |= _file_names(row)
+            known |= dict.fromkeys(row)
+            listed |= _file_names(row, columns or Columns())
             self._spans.append((number, start, start + len(line)))
         self._listed = sorted(listed)
-        self.columns = list(columns)
+        self.columns = list(known)
         if is_folder:
             self.faults += unlisted_pictures(self.path.parent, listed)
 
@@ -193,7 +194,7 @@ def open_source(spec: SourceSpec, cache_dir: str | Path | None = None) -> Docume
     elif spec.kind == "webdataset":
         records = TarRecords(expand(spec.path, ".tar"), cache_dir)
     else:
-        records = LineRecords(spec.path)
+        records = LineRecords(spec.path, spec.columns)
     if not len(records):
         raise ValueError(f"{spec.path} has no rows. {'; '.join(fault.reason for fault in records.faults[:3])}")
     columns: Columns = spec.columns
@@ -247,12 +248,15 @@ def _existing(path: str | Path) -> Path:
     return Path(path).resolve()
 
 
-def _file_names(row: Mapping[str, Any]) -> set[str]:
-    """What in a row may be the name of a picture, in its parts too."""
-    parts = row.get("parts")
-    rows = [row, *(part for part in (parts if isinstance(parts, list) else ()) if isinstance(part, dict))]
-    values = (value for one in rows for name, value in one.items() if "file_name" in name or "image" in name)
-    return {os.path.normpath(value) for value in values if isinstance(value, str) and value and "\0" not in value}
+def _file_names(row: Record, columns: Columns) -> set[str]:
+    """The pictures that a row names, in its parts too."""
+    values = [row.get(name) for name in columns.of_pictures]
+    for name in columns.of_parts:
+        parts = row.get(name)
+        for part in parts if isinstance(parts, list) else ():
+            values += [part.get(key) for key in PART_COLUMNS] if isinstance(part, Mapping) else []
+    names = (value.get("path") if isinstance(value, Mapping) else value for value in values)
+    return {os.path.normpath(name) for name in names if isinstance(name, str) and name and "\0" not in name}
 
 
 def _holds_bytes(feature: Any) -> bool:

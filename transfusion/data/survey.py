@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def cached_survey(
 
 def _file_states(records: Records) -> Iterator[tuple[str, int, int]]:
     for file in records.files():
-        state = file.stat() if file.is_file() else None
+        state = file.stat() if os.path.isfile(file) else None
         yield str(file), state.st_size if state else -1, state.st_mtime_ns if state else -1
 
 
