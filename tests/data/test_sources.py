@@ -107,6 +107,32 @@ def test_files_of_a_path(tmp_path: Path) -> None:
             expand(tmp_path / absent, ".tar")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_lie_beside_a_link_and_not_beside_its_target(kind: str, tmp_path: Path) -> None:
+    """As in a snapshot of the Hub, whose files are links into another folder."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.png").write_bytes(png(1))
+    if kind == "jsonl":
+        (tmp_path / "blobs/0").write_text('{"file_name": "a.png", "text": "x"}\n')
+    else:
+        columns = {"image": [{"bytes": None, "path": "a.png"}], "text": ["x"]}
+        write_parquet(tmp_path / "blobs/0", columns)
+    link = tmp_path / f"set/rows.{kind}"
+    link.symlink_to(tmp_path / "blobs/0")
+    documents = open_source(SourceSpec(kind, str(link)), tmp_path / "cache")
+    assert documents[0].pictures[0].read() == png(1) and documents.records.files()[0] == link
+
+
+def test_a_linked_picture_that_leaves_the_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(png(1))
+    folder = write_folder(tmp_path / "set", [{"file_name": "a.png", "text": "x"}], {})
+    (folder / "a.png").symlink_to(tmp_path / "blob")
+    documents = open_source(SourceSpec("imagefolder", str(folder)))
+    with pytest.raises(ValueError, match=r"'a.png' leaves the folder \(links are followed\)"):
+        documents[0]
+
+
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", {"photo": [b"x"], "title": ["y"]})
     with pytest.raises(ValueError, match="has the columns photo, title; name those of picture and caption"):

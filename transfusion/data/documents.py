@@ -215,7 +215,7 @@ def find_picture(value: Any, record: Record, root: Path | None, id: str) -> Pict
         raise ValueError(f"{value!r} names a file; a source of this kind must hold the bytes of its pictures")
     file = file_inside(root, value)
     if file is None:
-        raise ValueError(f"{value[:200]!r} leaves the folder")
+        raise ValueError(f"{value[:200]!r} leaves the folder (links are followed)")
     if not os.path.isfile(file):  # unlike Path.is_file, also where the name is longer than any file's may be
         raise ValueError(f"{value[:200]!r}: no such file")
     return Picture(str(file), file)

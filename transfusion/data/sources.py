@@ -214,7 +214,7 @@ def expand(path: str | Path, suffix: str) -> list[Path]:
         raise ValueError(f"{path} has no {suffix} files; give a file, a folder of them, or a pattern.")
     if wrong := [file for file in files if file.suffix != suffix]:
         raise ValueError(f"{wrong[0]} is no {suffix} file; those of this kind of source are (uncompressed).")
-    return [file.resolve() for file in files]
+    return [_beside(file) for file in files]
 
 
 def _load_parquet(files: list[Path], cache_dir: str | None) -> Any:
@@ -245,7 +245,12 @@ def _parquet_fault(file: Path) -> DataFault | None:
 def _existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise ValueError(f"{path} is no file; give a .jsonl with an object a line, or a folder with metadata.jsonl.")
-    return Path(path).resolve()
+    return _beside(Path(path))
+
+
+def _beside(file: Path) -> Path:
+    """The absolute path of a file, with links of its folder followed, but not its own: others lie beside the link."""
+    return file.parent.resolve() / file.name
 
 
 def _file_names(row: Record, columns: Columns) -> set[str]:
