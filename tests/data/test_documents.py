@@ -9,6 +9,7 @@ from tests.data.tiny_sources import png
 from transfusion.data.documents import (
     Columns,
     Document,
+    OutsideError,
     Picture,
     Text,
     caption_pair,
@@ -108,7 +109,11 @@ def test_faults_of_records(record: dict[str, Any], message: str, tmp_path: Path)
 def test_files_are_read_within_the_root_alone(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(ONE)
     assert find_picture("a.png", {}, tmp_path, "here").read() == ONE
-    with pytest.raises(ValueError, match="must hold the bytes"):
+    assert find_picture(str(tmp_path / "a.png"), {}, tmp_path, "here").read() == ONE
+    for outside in (tmp_path / "a.png", tmp_path / "root/../a.png"):
+        with pytest.raises(OutsideError, match="leaves the folder"):
+            find_picture(str(outside), {}, tmp_path / "root", "here")
+    with pytest.raises(OutsideError, match="must hold the bytes"):
         find_picture("a.png", {}, None, "here")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
 from tests.data.tiny_sources import caption, png, write_folder, write_pairs, write_parquet
 from transfusion.data.documents import Picture, Text
@@ -80,6 +81,19 @@ def test_pictures_of_tables_are_read_when_they_are_asked_for(as_struct: bool, tm
     with pytest.raises(ValueError, match="no picture"):
         documents[3]
     assert not isinstance(documents.records[0]["picture"], bytes) and documents.records[4]["size"] == 4
+
+
+def test_pictures_within_lists_and_structs_are_not_decoded_by_datasets(tmp_path: Path) -> None:
+    """As `datasets` writes interleaved documents: `Image` features, at any depth."""
+    feature = {"type": Value("string"), "text": Value("string"), "image": Image()}
+    features = Features({"parts": List(feature), "other": {"image": Image()}, "label": ClassLabel(names=["a", "b"])})
+    broken = {"bytes": b"no picture", "path": None}
+    parts = [{"type": "text", "text": "see", "image": None}, {"type": "image", "text": None, "image": broken}]
+    rows = {"parts": [parts], "other": [{"image": broken}], "label": [1]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    documents = open_source(SourceSpec("parquet", str(tmp_path / "a.parquet")), tmp_path / "cache")
+    assert documents[0].parts[0] == Text(("see",)) and documents[0].pictures[0].read() == b"no picture"
+    assert documents.records[0]["label"] == 1
 
 
 def test_a_parquet_file_that_cannot_be_read_is_a_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

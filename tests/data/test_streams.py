@@ -2,13 +2,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, Image, IterableDataset, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterable
 
-from tests.data.tiny_sources import caption, png, write_pairs
+from tests.data.tiny_sources import caption, png, write_folder, write_pairs
 from transfusion.data.documents import Columns, Text
 from transfusion.data.specs import SourceSpec
 from transfusion.data.streams import RecordStream, open_stream
@@ -88,6 +88,43 @@ def test_pictures_are_not_decoded_by_datasets() -> None:
     stream = RecordStream(typed.to_iterable_dataset())
     [(_, record)] = stream.records(0)
     assert stream.document(record, "here").pictures[0].read() == b"no picture"
+
+
+def test_pictures_within_lists_are_not_decoded_by_datasets() -> None:
+    features = Features({"parts": List({"type": Value("string"), "image": Image()})})
+    parts = [[{"type": "image", "image": {"bytes": b"no picture", "path": None}}]]
+    stream = RecordStream(Dataset.from_dict({"parts": parts}, features=features).to_iterable_dataset())
+    [(_, record)] = stream.records(0)
+    assert stream.document(record, "here").pictures[0].read() == b"no picture"
+
+
+def local_folder(folder: Path) -> Path:
+    rows = [{"file_name": f"{number}.png", "text": caption(number)} for number in range(3)]
+    return write_folder(folder, rows, {f"{number}.png": png(number) for number in range(3)})
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_pictures_of_a_local_folder_are_streamed(linked: bool, tmp_path: Path) -> None:
+    folder = local_folder(tmp_path / "set")
+    if linked:
+        (tmp_path / "link").symlink_to(folder)
+    stream = open_stream(SourceSpec("stream", str(tmp_path / "link" if linked else folder)))
+    documents = [stream.document(record, "here") for _, record in stream.records(0)]
+    assert sorted(document.pictures[0].read() for document in documents) == sorted(png(n) for n in range(3))
+
+
+@pytest.mark.parametrize("kind", ["no folder", "another folder", "a URL"])
+def test_pictures_that_cannot_be_read_are_said_before_any_is(kind: str, tmp_path: Path) -> None:
+    name = "https://example.org/a.png" if kind == "a URL" else str(local_folder(tmp_path / "set") / "0.png")
+    rows = Dataset.from_dict({"image": [{"bytes": None, "path": name}], "text": ["x"]}).cast_column("image", Image())
+    root = tmp_path / "other" if kind == "another folder" else None
+    with pytest.raises(ValueError, match="The pictures of stream cannot be read: .*give the path of a local folder"):
+        RecordStream(rows.to_iterable_dataset(), root=root)
+
+
+def test_a_first_record_with_a_fault_of_its_own_is_left_to_whoever_counts_faults() -> None:
+    rows = Dataset.from_dict({"image": [None, png(1)], "text": ["x", "y"]})
+    assert len(list(RecordStream(rows.to_iterable_dataset()).records(0))) == 2
 
 
 def test_bad_streams() -> None:

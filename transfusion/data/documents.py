@@ -27,6 +27,10 @@ CONTENTS = ("documents", "edits", "pairs", "texts")
 Record = Mapping[str, Any]
 
 
+class OutsideError(ValueError):
+    """A picture is named that lies where nothing is read from."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """An encoded picture and its name. `source` is bytes, a path, or what has a `read`."""
@@ -197,7 +201,8 @@ def find_picture(value: Any, record: Record, root: Path | None, id: str) -> Pict
     """The picture that a value of a record stands for; a name may be that of another column (of a tar's member).
 
     Raises:
-        ValueError: No picture, a URL, or a file that is missing or not below the root.
+        ValueError: No picture, or a file that is missing.
+        OutsideError: A URL, or a file that is not below the root.
     """
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -210,12 +215,14 @@ def find_picture(value: Any, record: Record, root: Path | None, id: str) -> Pict
     if hasattr(record.get(value), "read"):
         return Picture(f"{id}: {value}", record[value])
     if "://" in value:
-        raise ValueError(f"{value[:200]!r} is a URL; nothing is fetched")
+        raise OutsideError(f"{value[:200]!r} is a URL; nothing is fetched")
     if root is None:
-        raise ValueError(f"{value!r} names a file; a source of this kind must hold the bytes of its pictures")
-    file = file_inside(root, value)
+        raise OutsideError(f"{value[:200]!r} names a file; a source of this kind must hold the bytes of its pictures")
+    # `datasets` gives absolute paths.
+    inner = os.path.relpath(value, root) if Path(value).is_relative_to(root) else value
+    file = file_inside(root, inner)
     if file is None:
-        raise ValueError(f"{value[:200]!r} leaves the folder (links are followed)")
+        raise OutsideError(f"{value[:200]!r} leaves the folder (links are followed)")
     if not os.path.isfile(file):  # unlike Path.is_file, also where the name is longer than any file's may be
         raise ValueError(f"{value[:200]!r}: no such file")
     return Picture(str(file), file)
@@ -273,6 +280,7 @@ __all__ = [
     "Columns",
     "Document",
     "Layout",
+    "OutsideError",
     "Picture",
     "Record",
     "Text",

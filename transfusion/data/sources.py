@@ -219,13 +219,22 @@ def expand(path: str | Path, suffix: str) -> list[Path]:
 
 def _load_parquet(files: list[Path], cache_dir: str | None) -> Any:
     """A memory-mapped table of the files, with pictures as bytes and paths."""
-    from datasets import Dataset, Image
+    import pyarrow.parquet
+    from datasets import Dataset, Features
 
-    table = Dataset.from_parquet([os.fspath(file) for file in files], cache_dir=cache_dir)
-    for name, feature in table.features.items():
-        if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))
-    return table
+    written = Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
+    features = Features.from_dict(_undecoded(written.to_dict()))
+    return Dataset.from_parquet([os.fspath(file) for file in files], cache_dir=cache_dir, features=features)
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature of `datasets` as a dictionary, with pictures as bytes and paths at any depth."""
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if not isinstance(feature, Mapping):
+        return feature
+    found = {name: _undecoded(inner) for name, inner in feature.items()}
+    return {**found, "decode": False} if feature.get("_type") == "Image" else found
 
 
 def _parquet_fault(file: Path) -> DataFault | None:
