@@ -10,7 +10,7 @@ from transfusion.data.documents import Document
 from transfusion.data.pictures import DataFault, DataReport
 from transfusion.data.sources import open_source
 from transfusion.data.specs import SourceSpec
-from transfusion.data.survey import PictureKey, Survey, cached_survey, require_usable, survey
+from transfusion.data.survey import PictureKey, Survey, cached_lengths, cached_survey, require_usable, survey
 
 
 LIMIT = 10_000
@@ -121,10 +121,65 @@ def test_without_a_cache_nothing_is_kept(tmp_path: Path) -> None:
 
 
 def test_rows_are_taken_out_with_their_reason() -> None:
-    found = Survey([2, 5, 7], [[], [PictureKey("a", 1, 1)], []], [DataFault("x", "old")])
+    pictures = [[], [PictureKey("a", 1, 1)], []]
+    found = Survey([2, 5, 7], pictures, ["x", "y", "z"], [DataFault("x", "old")], [DataFault("file", "half")], 9)
     left = found.without({2: DataFault("two", "new"), 7: DataFault("seven", "new")})
-    assert left.rows == [5] and left.pictures == [[PictureKey("a", 1, 1)]]
-    assert [fault.where for fault in left.faults] == ["x", "two", "seven"]
+    assert left.rows == [5] and left.pictures == [[PictureKey("a", 1, 1)]] and left.texts == ["y"]
+    assert [fault.where for fault in left.report(Path("set")).faults] == ["file", "x", "two", "seven"]
+    short = found.without_long({5: DataFault("five", "9 tokens")})
+    assert short.rows == [2, 7] and [fault.where for fault in short.too_long] == ["five"]
+    assert short.faults == found.faults and str(short.report(Path("set"))).startswith(
+        "set: 2 usable rows, 2 faults, 1 too long"
+    )
+
+
+def test_texts_have_hashes_of_their_own(tmp_path: Path) -> None:
+    def texts(*rows: dict[str, object]) -> list[str]:
+        folder = write_folder(tmp_path, rows, {"a.png": png(1)})
+        return survey(open_source(SourceSpec("imagefolder", str(folder))), LIMIT).texts
+
+    first, second = texts({"file_name": "a.png", "text": "one"}, {"file_name": "a.png", "text": ["one", "two"]})
+    assert first != second and texts({"file_name": "a.png", "text": " one"}) == [first]
+    picture, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "one"}
+    assert len({first, *texts({"parts": [picture, text]}), *texts({"parts": [text, picture]})}) == 3
+
+
+def test_lengths_are_kept_for_the_same_texts_and_sizes(tmp_path: Path) -> None:
+    measured: list[int] = []
+
+    def lengths(texts: str = "xy", side: int = 4, settings: str = "s", cached: bool = True) -> list[int]:
+        found = Survey([2, 5], [[PictureKey("a", side, 4)], []], list(texts), [], [], 9)
+        return cached_lengths(
+            found, tmp_path if cached else None, settings, lambda place: measured.append(place) or 7 + place
+        )
+
+    for _ in range(2):
+        assert lengths() == [7, 8] and measured == [0, 1]
+    for number, other in enumerate(({"texts": "xz"}, {"side": 5}, {"settings": "t"}, {"cached": False}), start=2):
+        assert lengths(**other) == [7, 8] and len(measured) == 2 * number
+    for kept in tmp_path.glob("lengths-*.json"):
+        kept.write_text("[7")
+    assert lengths() == [7, 8] and len(measured) == 12 and lengths() == [7, 8] and len(measured) == 12
+
+
+def test_faults_of_the_file_count_by_its_rows(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{n}.png", "text": "x", "split": "val" if n < 3 else "train"} for n in range(59)]
+    folder = write_folder(tmp_path, rows, {f"{n}.png": png(n % 3) for n in range(60)})
+    documents = open_source(SourceSpec("imagefolder", str(folder)))
+    shares = [survey(documents, LIMIT, split).report(folder).faulty_share for split in ("val", "train", None)]
+    assert shares == pytest.approx([1 / 60] * 3)
+    (folder / "0.png").write_bytes(b"words")
+    found = survey(documents, LIMIT, "val").report(folder)
+    assert found.faulty_share == pytest.approx((1 + 3 / 59) / (3 + 3 / 59)) and len(found.faults) == 2
+
+
+def test_long_rows_are_no_faults(caplog: pytest.LogCaptureFixture) -> None:
+    long = tuple(DataFault(f"row {n}", "9 tokens, and max_length is 8") for n in range(5))
+    with caplog.at_level(logging.WARNING):
+        require_usable([DataReport(Path("set"), 5, (), "rows", long)], 0.0, strict=True)
+    assert "set: 5 usable rows, 0 faults, 5 too long" in caplog.text and "row 4: 9 tokens" in caplog.text
+    with pytest.raises(ValueError, match="(?s)No row can be used.*5 too long"):
+        require_usable([DataReport(Path("set"), 0, (), "rows", long)], 0.1, strict=False)
 
 
 def report(usable: int, faults: int) -> DataReport:

@@ -2,6 +2,7 @@ import collections
 import io
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transfusion.data.specs import DataSpec, SourceSpec
 from transfusion.latents import patchify
 from transfusion.training.assembly import build_rows
 from transfusion.training.collator import TransfusionDataCollator
-from transfusion.training.document_rows import DocumentRows, StreamRows
+from transfusion.training.document_rows import DocumentRows, RowMaker, StreamRows
 from transfusion.training.sharding import SharedBatchSampler, SharedRows, SharedStream
 
 
@@ -175,12 +176,39 @@ def test_faulty_rows_are_left_out_and_said(cached: bool, tmp_path: Path, caplog:
         build_rows(DataSpec(spec.sources, cache_dir=cache), tiny_processor())
 
 
+def texts_of(folder: Path, words: Sequence[int]) -> SourceSpec:
+    return SourceSpec("parquet", str(write_parquet(folder / "a.parquet", {"text": ["word " * n for n in words]})))
+
+
 def test_documents_that_are_too_long_are_left_out(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "a.parquet", {"text": ["word " * n for n in (1, 2, 30, 3, 50)]})
-    spec = DataSpec((SourceSpec("parquet", str(file)),), cache_dir=str(tmp_path / "c"), max_length=60, max_faulty=0.5)
+    """More of them than `max_faulty`, as they are no faults."""
+    spec = DataSpec(
+        (texts_of(tmp_path, (1, 2, 30, 3, 50)),), cache_dir=str(tmp_path / "c"), max_length=60, strict=True
+    )
     rows = build_rows(spec, tiny_processor())
     assert isinstance(rows, DocumentRows) and max(len(row["input_ids"]) for row in iter_rows(rows)) <= 60
-    assert len(rows) == 3 and "max_length is 60" in rows.reports[0].faults[0].reason
+    assert len(rows) == 3 and "max_length is 60" in rows.reports[0].too_long[0].reason and not rows.reports[0].faults
+
+
+def test_lengths_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, measured = (texts_of(tmp_path, (1, 2, 30)),), []
+    longest = RowMaker.longest
+    monkeypatch.setattr(RowMaker, "longest", lambda self, *given: measured.append(given) or longest(self, *given))
+
+    def num_rows(processor: Any, max_length: int = 60, **options: Any) -> int:
+        spec = DataSpec(sources, cache_dir=str(tmp_path / "c"), max_length=max_length, **options)
+        return len(build_rows(spec, processor))
+
+    used = tiny_processor()
+    assert num_rows(used) == 2 and len(measured) == 3
+    used(text=["a", "longer"], padding=True, truncation=True, max_length=4)
+    assert num_rows(used) == num_rows(tiny_processor()) == 2 and num_rows(used, 9) == 1 and len(measured) == 3
+    others = [tiny_processor(size=16), tiny_processor(), tiny_processor()]
+    others[1].tokenizer.add_tokens(["word "])
+    for other in others[:2]:
+        num_rows(other)
+    num_rows(others[2], buckets=((8, 8),))
+    assert len(measured) == 12
 
 
 def test_cached_pictures_are_never_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,5 +302,10 @@ def test_a_fingerprint_tells_sets_apart_wherever_they_lie(tmp_path: Path) -> Non
     assert first == found("b")
     others = [found("c", 5), found("d", seed=1), found("e", caption_first=0.5), found("f", flip=True)]
     assert len({first, *others}) == 5
+    reworded = (tmp_path / "b/metadata.jsonl").read_text().replace(caption(3), "noise")
+    (tmp_path / "b/metadata.jsonl").write_text(reworded)
+    cached = DataSpec((SourceSpec("imagefolder", str(tmp_path / "b")),), cache_dir=str(tmp_path / "cache"))
+    prints = {build_rows(cached, processor()).fingerprint for _ in range(2)}
+    assert len(prints) == 1 and first not in prints
     stream = build_rows(DataSpec((source("stream", tmp_path / "s"),)), processor())
     assert stream.fingerprint == stream.fingerprint != first

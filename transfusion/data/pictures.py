@@ -72,18 +72,41 @@ class DataFault:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a reader found: usable pictures, or `what` else, and faults. `str()` gives counts and the first faults."""
+    """What a reader found: usable pictures, or `what` else, and faults. `str()` gives counts and the first faults.
+
+    Attributes:
+        path: What was read.
+        num_pictures: How many can be used.
+        faults: Of what cannot.
+        what: `num_pictures` counts.
+        too_long: What was left out because of its length, which is no fault.
+        file_faults: How many of the `faults`, the first, are of the whole file.
+        file_rows: Rows of that, in all splits.
+    """
 
     path: Path
     num_pictures: int
     faults: tuple[DataFault, ...]
     what: str = "pictures"
+    too_long: tuple[DataFault, ...] = ()
+    file_faults: int = 0
+    file_rows: int = 0
 
     def __str__(self) -> str:
-        head = f"{self.path}: {self.num_pictures} usable {self.what}, {len(self.faults)} faults"
-        shown = [f"  {fault.where}: {fault.reason}" for fault in self.faults[:_SHOWN_FAULTS]]
-        more = len(self.faults) - len(shown)
+        longer = f", {len(self.too_long)} too long" if self.too_long else ""
+        head = f"{self.path}: {self.num_pictures} usable {self.what}, {len(self.faults)} faults{longer}"
+        said = [*self.faults, *self.too_long]
+        shown = [f"  {fault.where}: {fault.reason}" for fault in said[:_SHOWN_FAULTS]]
+        more = len(said) - len(shown)
         return "\n".join([head, *shown, *([f"  and {more} more"] if more else [])])
+
+    @property
+    def faulty_share(self) -> float:
+        """Share of faults in what was read; of those of the whole file, the part that falls to this split."""
+        own = len(self.faults) - self.file_faults
+        read = self.num_pictures + len(self.too_long) + own
+        of_file = self.file_faults * read / max(self.file_rows, 1)
+        return (own + of_file) / max(read + of_file, 1)
 
 
 def load_emoji(split: str = "train") -> list[CaptionedPicture]:

@@ -62,8 +62,8 @@ class RecordStream:
             self.document(record, "the first record")
         except OutsideError as error:
             raise ValueError(
-                f"The pictures of {self.path} cannot be read: {error}. Read a data set that holds their bytes, or give "
-                "the path of a local folder that they lie in."
+                f"The pictures of {self.path} cannot be read: {error}. Read a data set that holds their bytes, or "
+                "give the path of a local folder that they lie in."
             ) from error
         except ValueError:  # a fault of this record alone, which is counted when it is read
             pass

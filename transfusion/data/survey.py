@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from .documents import Document, picture_size
+from .documents import Document, Text, picture_size
 from .pictures import DataFault, DataReport
 from .sources import Documents, Records
 from .specs import SourceSpec
@@ -19,7 +19,7 @@ from .tars import write_json
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 # What reading and decoding a picture raises.
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -35,29 +35,45 @@ class PictureKey:
 
 @dataclass(frozen=True)
 class Survey:
-    """Usable rows of a source in order, the pictures of each, and faults.
+    """Usable rows of a source in order, with the pictures of each and a hash of its texts, and faults.
 
-    `is_final` is False where a file could not be read, which another time it may.
+    Attributes:
+        rows: Where they stand in the source.
+        pictures: Of each.
+        texts: A hash of each one's texts, and of how they lie between the pictures.
+        faults: Of single rows.
+        file_faults: Of the source as a whole, whichever split is read.
+        file_rows: Rows of the source, in all its splits.
+        too_long: Rows that were left out because of their length.
+        is_final: False where a file could not be read, which another time it may.
     """
 
     rows: list[int]
     pictures: list[list[PictureKey]]
+    texts: list[str]
     faults: list[DataFault]
+    file_faults: list[DataFault]
+    file_rows: int
+    too_long: tuple[DataFault, ...] = ()
     is_final: bool = True
 
     def without(self, faults: dict[int, DataFault]) -> "Survey":
         """The survey without the rows that have a fault, by row."""
-        kept = [place for place, row in enumerate(self.rows) if row not in faults]
-        return Survey(
-            [self.rows[place] for place in kept],
-            [self.pictures[place] for place in kept],
-            [*self.faults, *(faults[row] for row in sorted(faults))],
-            self.is_final,
-        )
+        return replace(self._kept(faults), faults=[*self.faults, *(faults[row] for row in sorted(faults))])
+
+    def without_long(self, reasons: dict[int, DataFault]) -> "Survey":
+        """The survey without the rows that are too long, with the reason, by row."""
+        return replace(self._kept(reasons), too_long=(*self.too_long, *(reasons[row] for row in sorted(reasons))))
+
+    def _kept(self, left_out: Container[int]) -> "Survey":
+        kept = [place for place, row in enumerate(self.rows) if row not in left_out]
+        rows, pictures, texts = ([values[k] for k in kept] for values in (self.rows, self.pictures, self.texts))
+        return replace(self, rows=rows, pictures=pictures, texts=texts)
 
     def report(self, path: Path) -> DataReport:
         """How many rows can be used, and the faults."""
-        return DataReport(path, len(self.rows), tuple(self.faults), "rows")
+        faults = (*self.file_faults, *self.faults)
+        return DataReport(path, len(self.rows), faults, "rows", self.too_long, len(self.file_faults), self.file_rows)
 
 
 def survey(
@@ -79,7 +95,8 @@ def survey(
     """
     rows: list[int] = []
     pictures: list[list[PictureKey]] = []
-    faults = list(documents.records.faults)
+    texts: list[str] = []
+    faults: list[DataFault] = []
     splits: set[str] = set()
     is_final = True
     for index in range(len(documents)):
@@ -98,9 +115,17 @@ def survey(
             continue
         rows.append(index)
         pictures.append(keys)
+        texts.append(_text_key(document))
     if split is not None and split not in splits:
         raise ValueError(f"No row of {documents.records.path} has split {split!r}; they have {sorted(splits)}.")
-    return Survey(rows, pictures, faults, is_final)
+    return Survey(rows, pictures, texts, faults, list(documents.records.faults), len(documents), is_final=is_final)
+
+
+def _text_key(document: Document) -> str:
+    """A hash of all of a document but its pictures."""
+    parts = [part.phrasings if isinstance(part, Text) else None for part in document.parts]
+    found = json.dumps([parts, document.is_pair, document.num_context])
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def picture_key(encoded: bytes, max_image_pixels: int) -> PictureKey:
@@ -134,7 +159,10 @@ def cached_survey(
         return Survey(
             found["rows"],
             [[PictureKey(*key) for key in keys] for keys in found["pictures"]],
+            found["texts"],
             [DataFault(*fault) for fault in found["faults"]],
+            list(documents.records.faults),
+            len(documents),
         )
     except (OSError, ValueError, KeyError, TypeError):
         made = survey(documents, max_image_pixels, spec.split, check)
@@ -145,10 +173,36 @@ def cached_survey(
         {
             "rows": made.rows,
             "pictures": [[[key.digest, key.height, key.width] for key in keys] for keys in made.pictures],
+            "texts": made.texts,
             "faults": [[fault.where, fault.reason] for fault in made.faults],
         },
     )
     return made
+
+
+def cached_lengths(
+    found: Survey, cache_dir: str | Path | None, settings: str, measure: Callable[[int], int]
+) -> list[int]:
+    """The length of each row of a survey, of the cache where texts, sizes of pictures and settings are the same.
+
+    Args:
+        found: The rows.
+        cache_dir: Folder of the cache; None keeps nothing.
+        settings: What lengths depend on beside the documents.
+        measure: The length of the row at a place of the survey.
+    """
+    sizes = [[(key.height, key.width) for key in keys] for keys in found.pictures]
+    digest = hashlib.sha256(json.dumps([_VERSION, settings, found.texts, sizes]).encode()).hexdigest()[:32]
+    kept = None if cache_dir is None else Path(cache_dir) / f"lengths-{digest}.json"
+    try:
+        lengths = [] if kept is None else json.loads(kept.read_bytes())
+    except (OSError, ValueError):
+        lengths = []
+    if len(lengths) != len(found.rows):
+        lengths = [measure(place) for place in range(len(found.rows))]
+        if kept is not None:
+            write_json(kept, lengths)
+    return lengths
 
 
 def _file_states(records: Records) -> Iterator[tuple[str, int, int]]:
@@ -164,14 +218,14 @@ def require_usable(reports: Sequence[DataReport], max_faulty: float, strict: boo
         ValueError: No usable row in one; any fault, if `strict`; or a larger share of faults than `max_faulty`.
     """
     for report in reports:
-        share = len(report.faults) / max(report.num_pictures + len(report.faults), 1)
+        share = report.faulty_share
         if not report.num_pictures:
             raise ValueError(f"No row can be used.\n{report}")
         if report.faults and strict:
             raise ValueError(f"strict allows no fault.\n{report}")
         if share > max_faulty:
             raise ValueError(f"A share of {share:.3f} is faulty, and max_faulty is {max_faulty}.\n{report}")
-        if report.faults:
+        if report.faults or report.too_long:
             logger.warning("%s", report)
 
 
@@ -179,6 +233,7 @@ __all__ = [
     "PICTURE_ERRORS",
     "PictureKey",
     "Survey",
+    "cached_lengths",
     "cached_survey",
     "picture_key",
     "require_usable",

@@ -10,7 +10,7 @@ from ..data.pictures import DataFault
 from ..data.sources import Documents, open_source
 from ..data.specs import DataSpec, SourceSpec
 from ..data.streams import open_stream
-from ..data.survey import Survey, cached_survey, require_usable
+from ..data.survey import Survey, cached_lengths, cached_survey, require_usable
 from ..processing import TransfusionProcessor
 from .document_rows import DocumentRows, RowMaker, StreamRows
 from .latent_cache import LatentStore, encode_missing, open_latents, settings_key
@@ -46,7 +46,7 @@ def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -
         if store is not None:
             found = _encode(documents, found, store, maker)
         if spec.max_length is not None:
-            found = found.without(_too_long(documents, found, maker, spec.max_length))
+            found = found.without_long(_too_long(documents, found, maker, spec.max_length, spec.cache_dir))
         sources.append(documents)
         surveys.append(found)
     reports = [found.report(documents.records.path) for documents, found in zip(sources, surveys, strict=True)]
@@ -87,13 +87,20 @@ def _encode(documents: Documents, found: Survey, store: LatentStore, maker: RowM
     return found.without(faults)
 
 
-def _too_long(documents: Documents, found: Survey, maker: RowMaker, max_length: int) -> dict[int, DataFault]:
-    faults = {}
-    for row, keys in zip(found.rows, found.pictures, strict=True):
-        if (length := maker.longest(documents[row], keys)) > max_length:
-            reason = f"{length} tokens, and max_length is {max_length}"
-            faults[row] = DataFault(documents.records.where(row), reason)
-    return faults
+def _too_long(
+    documents: Documents, found: Survey, maker: RowMaker, max_length: int, cache_dir: str | None
+) -> dict[int, DataFault]:
+    """Why rows are left out that would be longer than `max_length`, by row."""
+
+    def measure(place: int) -> int:
+        return maker.longest(documents[found.rows[place]], found.pictures[place])
+
+    lengths = cached_lengths(found, cache_dir, maker.length_key, measure)
+    return {
+        row: DataFault(documents.records.where(row), f"{length} tokens, and max_length is {max_length}")
+        for row, length in zip(found.rows, lengths, strict=True)
+        if length > max_length
+    }
 
 
 __all__ = ["build_rows"]

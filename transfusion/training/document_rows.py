@@ -1,5 +1,6 @@
 """Rows for the collator from documents of any kind, by index or from a stream."""
 
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +132,17 @@ class RowMaker:
         ]
         return len(self.processor(text=parts, latents=latents or None, return_labels=True)["input_ids"][0])
 
+    @property
+    def length_key(self) -> str:
+        """A hash of what `longest` depends on beside documents."""
+        processor = self.processor
+        tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+        # What the last call set, which the next one sets anew.
+        del tokenizer["padding"], tokenizer["truncation"]
+        names = [processor.boi_token_ids, processor.eoi_token_id, processor.image_token_id, processor.size_token_grids]
+        sizes = [processor.image_processor.to_json_string(), processor.latent_channels, self.buckets]
+        return fingerprint([tokenizer, processor.tokenizer.special_tokens_map, names, sizes])
+
     def _num_tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text, split_special_tokens=True)["input_ids"])
 
@@ -191,8 +203,11 @@ class DocumentRows(SeededRows):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of which rows there are, of their pictures, and of how they are made and mixed; not of texts."""
-        found = [[survey.rows, [[key.digest for key in keys] for keys in survey.pictures]] for survey in self.surveys]
+        """A hash of which rows there are, of their texts and pictures, and of how they are made and mixed."""
+        found = [
+            [survey.rows, survey.texts, [[key.digest for key in keys] for keys in survey.pictures]]
+            for survey in self.surveys
+        ]
         return fingerprint([found, self.mixture.counts, self.maker.settings, self.seed])
 
     def __len__(self) -> int:
