@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import io
 import json
 import logging
@@ -201,7 +202,7 @@ def test_lengths_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     used = tiny_processor()
     assert num_rows(used) == 2 and len(measured) == 3
-    used(text=["a", "longer"], padding=True, truncation=True, max_length=4)
+    used.tokenizer(["a", "longer"], padding=True, truncation=True, max_length=4)
     assert num_rows(used) == num_rows(tiny_processor()) == 2 and num_rows(used, 9) == 1 and len(measured) == 3
     others = [tiny_processor(size=16), tiny_processor(), tiny_processor()]
     others[1].tokenizer.add_tokens(["word "])
@@ -258,6 +259,42 @@ def test_epochs_go_on_in_a_source_that_is_seldom_drawn(tmp_path: Path) -> None:
         f"{tmp_path}/seldom/metadata.jsonl:{line}" for line in range(1, 7)
     ]
     assert collections.Counter(seen).most_common(1)[0][1] == 3
+
+
+def test_a_stream_ends_after_the_passes_that_are_asked_for(tmp_path: Path) -> None:
+    spec = DataSpec((source("stream", tmp_path / "set", 5),))
+    for num_passes in (1, 2):
+        rows = build_rows(spec, tiny_processor(), num_passes=num_passes)
+        names = collections.Counter(row["sample_id"] for row in rows)
+        assert len(names) == 5 and set(names.values()) == {num_passes}
+    assert build_rows(spec, tiny_processor()).num_passes is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_vae_encodes_on_the_device_and_comes_back(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device "meta" computes nothing: it stands for one that is not there."""
+    given, places = processor(), []
+
+    def encode(pixels: list[Any]) -> list[torch.Tensor]:
+        places.append(given.vae.device.type)
+        if fails:
+            raise RuntimeError("no kernel image")
+        return [torch.zeros(4, 4, 4) for _ in pixels]
+
+    def move(device: Any) -> Any:
+        monkeypatch.setattr(type(given.vae), "device", torch.device(device))
+        return given.vae
+
+    monkeypatch.setattr(given, "encode_images", encode)
+    monkeypatch.setattr(given.vae, "to", move)
+    spec = DataSpec((source("imagefolder", tmp_path / "set"),), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        build_rows(spec, given, device="meta")
+    assert places == ["meta"] and given.vae.device.type == "cpu"
+    if not fails:
+        build_rows(spec, tiny_processor(size=16), device="meta")  # no VAE to move
 
 
 def test_a_split_is_kept(tmp_path: Path) -> None:

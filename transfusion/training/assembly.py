@@ -1,9 +1,11 @@
 """`build_rows`: what a `DataSpec` states -> rows for the collator."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
+import torch
 
 from ..data.documents import Document
 from ..data.pictures import DataFault
@@ -16,7 +18,13 @@ from .document_rows import DocumentRows, RowMaker, StreamRows
 from .latent_cache import LatentStore, encode_missing, open_latents, settings_key
 
 
-def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -> DocumentRows | StreamRows:
+def build_rows(
+    spec: DataSpec,
+    processor: TransfusionProcessor,
+    seed: int = 0,
+    num_passes: int | None = None,
+    device: torch.device | str | None = None,
+) -> DocumentRows | StreamRows:
     """Open the sources of a specification, look at every document once, encode the pictures, and mix.
 
     Pictures that are not in a cache are encoded where they are read: leave the VAE on the CPU if workers do that.
@@ -27,9 +35,11 @@ def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -
         spec: What to train on.
         processor: Makes token ids, labels and latents.
         seed: Of all orders and choices.
+        num_passes: Over a stream; None: without end.
+        device: Where the VAE encodes what is cached; it goes back to the CPU. None: where it is.
 
     Returns:
-        A dataset of which `reports` says what was found; of a stream, one to iterate over, without end.
+        A dataset of which `reports` says what was found; of a stream, one to iterate over.
 
     Raises:
         ValueError: Sources that cannot be read, columns that are not there, too many faults.
@@ -37,14 +47,14 @@ def build_rows(spec: DataSpec, processor: TransfusionProcessor, seed: int = 0) -
     maker = RowMaker(processor, spec.caption_first, spec.buckets, spec.flip, spec.crop)
     if spec.is_stream:
         stream = open_stream(spec.sources[0], spec.shuffle_block, seed)
-        return StreamRows(stream, maker, None, spec.max_faulty, spec.strict, spec.max_length, seed)
+        return StreamRows(stream, maker, num_passes, spec.max_faulty, spec.strict, spec.max_length, seed)
     store = None if spec.cache_dir is None or spec.augments else open_latents(spec.cache_dir, processor, spec.buckets)
     sources, surveys = [], []
     for source in spec.sources:
         documents = open_source(source, spec.cache_dir)
         found = _survey(documents, source, spec, maker, decode=store is None)
         if store is not None:
-            found = _encode(documents, found, store, maker)
+            found = _encode(documents, found, store, maker, device)
         if spec.max_length is not None:
             found = found.without_long(_too_long(documents, found, maker, spec.max_length, spec.cache_dir))
         sources.append(documents)
@@ -68,7 +78,9 @@ def _survey(documents: Documents, source: SourceSpec, spec: DataSpec, maker: Row
     return cached_survey(documents, source, spec.cache_dir, limit, check if decode else None, checked)
 
 
-def _encode(documents: Documents, found: Survey, store: LatentStore, maker: RowMaker) -> Survey:
+def _encode(
+    documents: Documents, found: Survey, store: LatentStore, maker: RowMaker, device: torch.device | str | None
+) -> Survey:
     """Encode what the store lacks; the survey without the rows of pictures that cannot be."""
 
     def pixels(row: int, number: int) -> np.ndarray:
@@ -79,12 +91,26 @@ def _encode(documents: Documents, found: Survey, store: LatentStore, maker: RowM
             for number, key in enumerate(keys):
                 yield key.digest, partial(pixels, row, number)
 
-    encode_missing(store, jobs(), maker.processor)
+    with _vae_on(device, maker.processor):
+        encode_missing(store, jobs(), maker.processor)
     faults = {}
     for row, keys in zip(found.rows, found.pictures, strict=True):
         if reasons := [store.faults[key.digest] for key in keys if key.digest in store.faults]:
             faults[row] = DataFault(documents.records.where(row), reasons[0])
     return found.without(faults)
+
+
+@contextmanager
+def _vae_on(device: torch.device | str | None, processor: TransfusionProcessor) -> Iterator[None]:
+    """The processor's VAE on a device, and on the CPU afterwards; None leaves it where it is."""
+    if device is None or processor.vae is None:
+        yield
+        return
+    processor.vae.to(device)
+    try:
+        yield
+    finally:
+        processor.vae.to("cpu")
 
 
 def _too_long(
