@@ -103,6 +103,14 @@ def test_json_is_renamed_when_it_is_whole(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "sub").iterdir()] == ["a.json"]
 
 
+def test_drafts_of_several_machines_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda draft, file: drafts.append(draft) or replace(draft, file))
+    for _ in range(2):
+        write_json(tmp_path / "a.json", 1)
+    assert len(set(drafts)) == 2
+
+
 def test_member_reads_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(io.BytesIO(b"0123456789").getvalue())
     assert Member(tmp_path / "a", "x", 3, 4).read() == b"3456"

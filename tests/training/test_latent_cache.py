@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from tests.tiny_processor import picture, tiny_processor, tiny_vae
 from transfusion.data.pictures import CaptionedPicture
+from transfusion.training import latent_cache
 from transfusion.training.latent_cache import (
     LatentStore,
     StoredLatents,
@@ -230,6 +231,59 @@ def test_a_corrupt_shard_of_other_pictures_is_deleted_with_the_next(tmp_path: Pa
     file.write_bytes(b"")
     numbers(LatentStore(tmp_path), 6, shard_size=6)
     assert len(files(tmp_path)) == 1 and files(tmp_path) != [file]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_shard_that_another_process_wrote_anew_is_kept(missing: bool, tmp_path: Path) -> None:
+    numbers(LatentStore(tmp_path), 4)
+    [file] = files(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    store = LatentStore(tmp_path)
+    file.unlink() if missing else file.write_bytes(whole)
+    store.write({"9": torch.full((3, 2, 2), 9.0)}, {})
+    assert ("3" in store) != missing and (missing or file.read_bytes() == whole)
+    assert float(store["9"][0, 0, 0]) == 9 and len(files(tmp_path)) == 2 - missing
+
+
+def test_a_shard_that_cannot_be_opened_for_now_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers(LatentStore(tmp_path), 4)
+
+    def fail(*given: Any, **options: Any) -> Any:
+        raise OSError("the disk is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(latent_cache, "safe_open", fail)
+        store = LatentStore(tmp_path)
+        assert "3" not in store
+        store.write({}, {"9": "no picture"})
+    assert len(files(tmp_path)) == 2 and "3" in LatentStore(tmp_path)
+
+
+def test_a_shard_is_checked_when_one_of_its_latents_is_first_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers(LatentStore(tmp_path), 8)
+    checked: list[int] = []
+    checksum = latent_cache._checksum
+
+    def counted(latent: torch.Tensor) -> int:
+        checked.append(int(latent[0, 0, 0]))
+        return checksum(latent)
+
+    monkeypatch.setattr(latent_cache, "_checksum", counted)
+    store = LatentStore(tmp_path)
+    assert "77" not in store and not checked
+    for _ in range(2):
+        assert "1" in store and "3" in store and sorted(checked) == [0, 1, 2, 3]
+
+
+def test_drafts_of_several_machines_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts: list[Path] = []
+    monkeypatch.setattr(latent_cache, "save_file", lambda tensors, part, metadata: drafts.append(part) or part.touch())
+    for _ in range(2):
+        LatentStore(tmp_path).write({"9": torch.zeros(3, 2, 2)}, {})
+    assert len(set(drafts)) == 2 and all(draft.suffix == ".part" for draft in drafts)
 
 
 def test_a_foreign_safetensors_file_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

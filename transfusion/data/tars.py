@@ -7,13 +7,13 @@ is ever unpickled, and nothing unpacked to disk.
 import hashlib
 import json
 import logging
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .documents import Record
 from .pictures import DataFault
@@ -167,7 +167,7 @@ def _make_index(file: Path) -> dict[str, Any]:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON under another name, then rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
+    part = file.with_suffix(f".{uuid4().hex}.part")
     part.write_text(json.dumps(value), encoding="utf-8")
     part.replace(file)
 

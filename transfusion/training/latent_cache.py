@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -71,8 +72,9 @@ class LatentStore:
     """Latents (C, h, w) by key, in shards which are memory-mapped when one of theirs is read.
 
     Args:
-        folder: Of the shards. One that cannot be read, or has another checksum, is named in a warning, taken for not
-            there, and deleted with the next shard that is written. None: latents are kept in memory.
+        folder: Of the shards, each of which is checked when one of its keys is first asked for. One that cannot be
+            read, or has another checksum, is named in a warning, taken for not there, and deleted with the next shard
+            that is written, unless it is whole by then. None: latents are kept in memory.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
@@ -81,12 +83,15 @@ class LatentStore:
         self._memory: dict[str, Tensor] = {}
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._checked: set[Path] = set()
         self._broken: list[Path] = []
         self._open: dict[Path, Any] = {}
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             self._add(file)
 
     def __contains__(self, key: str) -> bool:
+        if key in self._shard_of and not self._is_whole(self._shard_of[key]):
+            return False
         return key in self._shapes or key in self.faults
 
     def __getitem__(self, key: str) -> Tensor:
@@ -114,35 +119,70 @@ class LatentStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = ",".join(sorted([*latents, *faults]))
         file = self.folder / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.safetensors"
-        part = file.with_suffix(f".{os.getpid()}.part")
+        part = file.with_suffix(f".{uuid4().hex}.part")
         tensors = {key: latent.contiguous() for key, latent in latents.items()}
         sums = {key: _checksum(latent) for key, latent in tensors.items()}
         save_file(tensors, part, {"faults": json.dumps(faults), "checksums": json.dumps(sums)})
         part.replace(file)
-        for broken in self._broken:
-            if broken != file:
-                broken.unlink(missing_ok=True)
-        self._broken.clear()
         self._add(file)
+        self._is_whole(file)
+        self._delete_broken(file)
 
     def _add(self, file: Path) -> None:
-        shapes: dict[str, tuple[int, ...]] = {}
         try:
-            with safe_open(file, framework="pt") as shard:
-                sums = json.loads(shard.metadata()["checksums"])
-                faults = json.loads(shard.metadata()["faults"])
-                for key in shard.keys():
-                    latent = shard.get_tensor(key)
-                    if _checksum(latent) != sums[key]:
-                        raise ValueError(f"{key} has another checksum")
-                    shapes[key] = tuple(latent.shape)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("The latents in %s cannot be read (%s); the pictures are encoded again.", file, error)
-            self._broken.append(file)
+            shapes, faults = _read_shard(file)
+        except _UNREADABLE as error:
+            self._set_aside(file, error)
             return
         self._shapes |= shapes
         self._shard_of |= dict.fromkeys(shapes, file)
         self.faults |= faults
+
+    def _is_whole(self, file: Path) -> bool:
+        """Whether all latents of a shard are what was written; those of one that is not are not there any more."""
+        if file in self._checked:
+            return True
+        try:
+            _read_shard(file, check=True)
+        except _UNREADABLE as error:
+            self._set_aside(file, error)
+            for key in [key for key, shard in self._shard_of.items() if shard == file]:
+                del self._shapes[key], self._shard_of[key]
+            return False
+        self._checked.add(file)
+        return True
+
+    def _set_aside(self, file: Path, error: Exception) -> None:
+        logger.warning("The latents in %s cannot be read (%s); the pictures are encoded again.", file, error)
+        self._broken.append(file)
+
+    def _delete_broken(self, written: Path) -> None:
+        """Delete the broken shards but `written`; another process may have written them anew meanwhile."""
+        broken = [file for file in self._broken if file != written]
+        self._broken.clear()
+        for file in broken:
+            try:
+                _read_shard(file, check=True)
+            except OSError:  # gone, or not to be read for now
+                continue
+            except _UNREADABLE:
+                file.unlink(missing_ok=True)
+            else:
+                self._add(file)
+
+
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+
+
+def _read_shard(file: Path, check: bool = False) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and faults of a shard, from its header alone unless `check` compares all checksums."""
+    with safe_open(file, framework="pt") as shard:
+        sums, faults = (json.loads(shard.metadata()[name]) for name in ("checksums", "faults"))
+        shapes = {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}
+        for key in shapes if check else ():
+            if _checksum(shard.get_tensor(key)) != sums[key]:
+                raise ValueError(f"{key} has another checksum")
+    return shapes, faults
 
 
 class StoredLatents(Sequence[Tensor]):
