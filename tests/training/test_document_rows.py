@@ -238,5 +238,19 @@ def test_too_many_faults_of_a_stream_are_an_error() -> None:
         list(stream_rows(faulty=(3,), strict=True))
     with pytest.raises(ValueError, match="3 of .*max_faulty=0.02"):
         list(stream_rows(faulty=(3, 4, 5), max_faulty=0.02))
-    with pytest.raises(ValueError, match="tokens; max_length is 5"):
-        list(stream_rows(max_length=5))
+
+
+def test_long_rows_of_a_stream_are_no_faults(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = [len(row["input_ids"]) for row in stream_rows()]
+    assert min(lengths) < max(lengths)
+    rows = stream_rows(max_length=min(lengths), max_faulty=0.0, strict=True)
+    with caplog.at_level(logging.WARNING):
+        learned = [row for row in rows if row["labels"].tolist() != [IGNORE_INDEX]]
+    assert len(learned) == lengths.count(min(lengths)) and not rows.faults
+    assert len(rows.too_long) == 20 - len(learned) and f"tokens, and max_length is {min(lengths)}" in caplog.text
+
+
+def test_a_stream_of_which_all_rows_are_too_long_is_an_error() -> None:
+    assert len(list(stream_rows(max_length=5))) == 20
+    with pytest.raises(ValueError, match="All of the first 100 rows of stream are longer than max_length=5; raise it"):
+        list(stream_rows(max_length=5, num_passes=None))

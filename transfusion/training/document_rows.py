@@ -221,12 +221,16 @@ class DocumentRows(SeededRows):
         return self.maker.row(document, survey.pictures[place], chooser)
 
 
+# Rows that are read before a share of them says anything.
+_LEAST_READ = 100
+
+
 class StreamRows(IterableDataset):
     """Rows of a stream of records, pass after pass; what is chosen depends on seed, pass and number alone.
 
-    Each pass has every record once, in another order. A record with a fault becomes a row of which nothing is learned,
-    so that whoever divides the rows among processes need not read them. Faults are logged, and counted in the `faults`
-    of the process that read them.
+    Each pass has every record once, in another order. A record with a fault, or one that is too long, becomes a row of
+    which nothing is learned, so that whoever divides the rows among processes need not read them. They are logged, and
+    listed in the `faults` and the `too_long` of the process that read them.
 
     Args:
         stream: Records.
@@ -251,6 +255,7 @@ class StreamRows(IterableDataset):
         self.stream, self.maker, self.num_passes = stream, maker, num_passes
         self.max_faulty, self.strict, self.max_length, self.seed = max_faulty, strict, max_length, seed
         self.faults: list[DataFault] = []
+        self.too_long: list[DataFault] = []
         self.num_read = 0
 
     @property
@@ -281,17 +286,28 @@ class StreamRows(IterableDataset):
             document = self.stream.document(record, where)
             limit = self.maker.processor.image_processor.max_image_pixels
             keys = [picture_key(picture.read(), limit) for picture in document.pictures]
-            if self.max_length is not None and (length := self.maker.longest(document, keys)) > self.max_length:
-                raise ValueError(f"{length} tokens; max_length is {self.max_length}")
-            return self.maker.row(document, None, random.Random(stable_seed(self.seed, epoch, number)))
+            length = 0 if self.max_length is None else self.maker.longest(document, keys)
+            if self.max_length is None or length <= self.max_length:
+                return self.maker.row(document, None, random.Random(stable_seed(self.seed, epoch, number)))
         except PICTURE_ERRORS as error:
             self._count(DataFault(where, str(error)))
-            return self.blank(where)
+        else:
+            self._leave_out(DataFault(where, f"{length} tokens, and max_length is {self.max_length}"))
+        return self.blank(where)
+
+    def _leave_out(self, reason: DataFault) -> None:
+        self.too_long.append(reason)
+        logger.warning("%s: %s", reason.where, reason.reason)
+        if len(self.too_long) == self.num_read >= _LEAST_READ:
+            raise ValueError(
+                f"All of the first {self.num_read} rows of {self.stream.path} are longer than max_length="
+                f"{self.max_length}; raise it."
+            )
 
     def _count(self, fault: DataFault) -> None:
         self.faults.append(fault)
         logger.warning("%s: %s", fault.where, fault.reason)
-        share = len(self.faults) / max(self.num_read, 100)
+        share = len(self.faults) / max(self.num_read, _LEAST_READ)
         if self.strict or share > self.max_faulty:
             raise ValueError(
                 f"{len(self.faults)} of {self.num_read} rows of {self.stream.path} are faulty, with max_faulty="
