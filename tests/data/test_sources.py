@@ -130,8 +130,7 @@ def test_files_lie_beside_a_link_and_not_beside_its_target(kind: str, tmp_path: 
     if kind == "jsonl":
         (tmp_path / "blobs/0").write_text('{"file_name": "a.png", "text": "x"}\n')
     else:
-        columns = {"image": [{"bytes": None, "path": "a.png"}], "text": ["x"]}
-        write_parquet(tmp_path / "blobs/0", columns)
+        write_parquet(tmp_path / "blobs/0", {"image": [{"bytes": None, "path": "a.png"}], "text": ["x"]})
     link = tmp_path / f"set/rows.{kind}"
     link.symlink_to(tmp_path / "blobs/0")
     documents = open_source(SourceSpec(kind, str(link)), tmp_path / "cache")
@@ -158,7 +157,7 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["photo", "before", "story"])
 def test_pictures_of_named_columns_are_listed(column: str, tmp_path: Path) -> None:
-    rows: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "photo": ({"photo": "a.png", "text": "x"}, {"picture": "photo"}),
         "before": ({"file_name": "b.png", "before": "a.png", "text": "x"}, {"original": "before"}),
         "story": ({"story": [{"type": "image", "image": {"path": "a.png"}}]}, {"parts": "story"}),

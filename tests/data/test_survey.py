@@ -2,6 +2,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,14 +149,17 @@ def test_lengths_are_kept_for_the_same_texts_and_sizes(tmp_path: Path) -> None:
     measured: list[int] = []
 
     def lengths(texts: str = "xy", side: int = 4, settings: str = "s", cached: bool = True) -> list[int]:
+        def measure(place: int) -> int:
+            measured.append(place)
+            return 7 + place
+
         found = Survey([2, 5], [[PictureKey("a", side, 4)], []], list(texts), [], [], 9)
-        return cached_lengths(
-            found, tmp_path if cached else None, settings, lambda place: measured.append(place) or 7 + place
-        )
+        return cached_lengths(found, tmp_path if cached else None, settings, measure)
 
     for _ in range(2):
         assert lengths() == [7, 8] and measured == [0, 1]
-    for number, other in enumerate(({"texts": "xz"}, {"side": 5}, {"settings": "t"}, {"cached": False}), start=2):
+    others: list[dict[str, Any]] = [{"texts": "xz"}, {"side": 5}, {"settings": "t"}, {"cached": False}]
+    for number, other in enumerate(others, start=2):
         assert lengths(**other) == [7, 8] and len(measured) == 2 * number
     for kept in tmp_path.glob("lengths-*.json"):
         kept.write_text("[7")

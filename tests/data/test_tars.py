@@ -104,8 +104,14 @@ def test_json_is_renamed_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_drafts_of_several_machines_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafts, replace = [], Path.replace
-    monkeypatch.setattr(Path, "replace", lambda draft, file: drafts.append(draft) or replace(draft, file))
+    drafts: list[Path] = []
+    replace = Path.replace
+
+    def counted(draft: Path, file: Path) -> Path:
+        drafts.append(draft)
+        return replace(draft, file)
+
+    monkeypatch.setattr(Path, "replace", counted)
     for _ in range(2):
         write_json(tmp_path / "a.json", 1)
     assert len(set(drafts)) == 2

@@ -19,6 +19,7 @@ from tests.tiny import tiny_config, tiny_model
 from tests.tiny_processor import tiny_processor, tiny_vae
 from tests.training.test_trainer import sgd_trainer
 from tests.training.tiny_rows import largest_difference
+from transfusion.data.documents import Document
 from transfusion.data.specs import DataSpec, SourceSpec
 from transfusion.latents import patchify
 from transfusion.training.assembly import build_rows
@@ -192,13 +193,18 @@ def test_documents_that_are_too_long_are_left_out(tmp_path: Path) -> None:
 
 
 def test_lengths_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, measured = (texts_of(tmp_path, (1, 2, 30)),), []
-    longest = RowMaker.longest
-    monkeypatch.setattr(RowMaker, "longest", lambda self, *given: measured.append(given) or longest(self, *given))
+    sources, longest = (texts_of(tmp_path, (1, 2, 30)),), RowMaker.longest
+    measured: list[str] = []
+
+    def counted(maker: RowMaker, document: Document, keys: Any) -> int:
+        measured.append(document.id)
+        return longest(maker, document, keys)
+
+    monkeypatch.setattr(RowMaker, "longest", counted)
 
     def num_rows(processor: Any, max_length: int = 60, **options: Any) -> int:
         spec = DataSpec(sources, cache_dir=str(tmp_path / "c"), max_length=max_length, **options)
-        return len(build_rows(spec, processor))
+        return build_rows(spec, processor).reports[0].num_pictures
 
     used = tiny_processor()
     assert num_rows(used) == 2 and len(measured) == 3

@@ -280,7 +280,12 @@ def test_a_shard_is_checked_when_one_of_its_latents_is_first_asked_for(
 
 def test_drafts_of_several_machines_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts: list[Path] = []
-    monkeypatch.setattr(latent_cache, "save_file", lambda tensors, part, metadata: drafts.append(part) or part.touch())
+
+    def save(tensors: Any, part: Path, metadata: Any) -> None:
+        drafts.append(part)
+        part.touch()
+
+    monkeypatch.setattr(latent_cache, "save_file", save)
     for _ in range(2):
         LatentStore(tmp_path).write({"9": torch.zeros(3, 2, 2)}, {})
     assert len(set(drafts)) == 2 and all(draft.suffix == ".part" for draft in drafts)

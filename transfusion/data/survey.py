@@ -67,8 +67,12 @@ class Survey:
 
     def _kept(self, left_out: Container[int]) -> "Survey":
         kept = [place for place, row in enumerate(self.rows) if row not in left_out]
-        rows, pictures, texts = ([values[k] for k in kept] for values in (self.rows, self.pictures, self.texts))
-        return replace(self, rows=rows, pictures=pictures, texts=texts)
+        return replace(
+            self,
+            rows=[self.rows[place] for place in kept],
+            pictures=[self.pictures[place] for place in kept],
+            texts=[self.texts[place] for place in kept],
+        )
 
     def report(self, path: Path) -> DataReport:
         """How many rows can be used, and the faults."""
