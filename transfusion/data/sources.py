@@ -229,8 +229,6 @@ def _load_parquet(files: list[Path], cache_dir: str | None) -> Any:
 
 def _undecoded(feature: Any) -> Any:
     """A feature of `datasets` as a dictionary, with pictures as bytes and paths at any depth."""
-    if isinstance(feature, list):
-        return [_undecoded(inner) for inner in feature]
     if not isinstance(feature, Mapping):
         return feature
     found = {name: _undecoded(inner) for name, inner in feature.items()}
