@@ -140,3 +140,11 @@ def test_trackio_gets_losses_and_drawings(
         logged = " ".join(str(row) for row in connection.execute("select * from metrics"))
     assert "text_loss" in logged and "trackio.image" in logged
     assert list((tmp_path / "tracked").rglob("*.png"))
+
+
+def test_a_stream_is_trained_on_and_evaluated_once_through(picture_folder: Path, tmp_path: Path) -> None:
+    stream = {"sources": [{"kind": "stream", "path": str(picture_folder)}]}
+    entries = entries_of(tmp_path / "out", picture_folder, data=stream, validation=stream)
+    trainer = train_run(parse_spec(entries))
+    assert trainer.state.global_step == 4
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)

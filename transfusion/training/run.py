@@ -96,12 +96,21 @@ def run_arguments(spec: RunSpec, **options: Any) -> TrainingArguments:
 
 
 def open_rows(
-    data: DataSpec, processor: TransfusionProcessor, seed: int, longest: int, output_dir: str
+    data: DataSpec,
+    processor: TransfusionProcessor,
+    spec: RunSpec,
+    longest: int,
+    device: torch.device,
+    num_passes: int | None = None,
 ) -> torch.utils.data.Dataset:
-    """The rows of `data`, none of more than `longest` positions, with latents kept below `output_dir` by default."""
-    cache_dir = str(Path(output_dir, "latents")) if data.cache_dir is None else data.cache_dir
+    """The rows of `data` for `spec`, of up to `longest` positions, with latents kept in the output folder by default.
+
+    A stream goes over its records `num_passes` times, by default without end. Pictures are encoded on `device`.
+    """
+    cache_dir = str(Path(spec.output_dir, "latents")) if data.cache_dir is None else data.cache_dir
     max_length = longest if data.max_length is None else min(data.max_length, longest)
-    return build_rows(dataclasses.replace(data, cache_dir=cache_dir, max_length=max_length), processor, seed)
+    data = dataclasses.replace(data, cache_dir=cache_dir, max_length=max_length)
+    return build_rows(data, processor, spec.training.seed, num_passes, device)
 
 
 def choose_run_speed(
@@ -154,8 +163,8 @@ def train_run(spec: RunSpec, resume: bool = False) -> TransfusionTrainer:
         raise ValueError(f"output_dir is {spec.output_dir}, where the training begins; give another folder.")
     longest = model.config.max_position_embeddings
     with arguments.main_process_first(desc="encoding pictures"):
-        rows = open_rows(spec.data, processor, training.seed, longest, spec.output_dir)
-        held_out = spec.validation and open_rows(spec.validation, processor, training.seed, longest, spec.output_dir)
+        rows = open_rows(spec.data, processor, spec, longest, arguments.device)
+        held_out = spec.validation and open_rows(spec.validation, processor, spec, longest, arguments.device, 1)
     longest = min(spec.data.max_length or longest, longest)
     num_samples = 64 if spec.data.augments else 256  # each of which is encoded then
     training = choose_run_speed(model, training, rows, length, longest, num_samples)
