@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import make_batch, tiny_model
-from transfusion.training.metering import LevelSums, SpeedMeter, flops_per_token, peak_memory
+from transfusion.training.metering import LevelSums, SpeedMeter, flops_per_token, matmul_rate, peak_memory
 
 
 class Alone:
@@ -94,3 +94,10 @@ def test_memory_is_that_of_this_process() -> None:
     held = torch.ones(60_000_000)  # 0.24 GB
     assert 0.1 < before < peak_memory(torch.device("cpu")) <= before + 0.5
     del held
+
+
+def test_meters_draw_nothing_of_the_training() -> None:
+    """Or a resumed training, which measures this machine again, would not end as one that never stopped."""
+    before = torch.get_rng_state()
+    matmul_rate(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -452,6 +452,7 @@ def test_settings_that_do_not_go_together(
 
 
 def test_checkpoints_of_deepspeed_are_refused(tmp_path: Path) -> None:
+    """FSDP2 and tensor parallelism have them."""
     trainer = TransfusionTrainer(tiny_model(), arguments(tmp_path, save_strategy="steps"))
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="set save_strategy='no', or use FSDP2"):

@@ -65,7 +65,8 @@ def flops_per_token(model: torch.nn.Module) -> int:
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> float:
     """Best FLOP/s of a matrix product here: what MFU is a share of."""
     size = 4096 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in "lr")
+    generator = torch.Generator(device).manual_seed(0)  # the training's own would draw otherwise after a first log
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in "lr")
     times = []
     for _ in range(repeats):
         _synchronize(device)
