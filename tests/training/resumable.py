@@ -48,6 +48,7 @@ def tiny_trainer(
     eval_rows: Any = None,
     callbacks: list[TrainerCallback] | None = None,
     model: Any = None,
+    max_minutes: float | None = None,
     **options: Any,
 ) -> TransfusionTrainer:
     """Six steps with dropout, hidden texts, noise, accumulation, an average, and logs that straddle checkpoints."""
@@ -68,7 +69,25 @@ def tiny_trainer(
         optimizers=(optimizer, None),
         callbacks=callbacks,
         ema_decay=ema_decay,
+        max_minutes=max_minutes,
     )
+
+
+BEST: dict[str, Any] = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "ema_decay": None}
+BEST |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+
+
+def trainer_with_best(output_dir: Path, best: int, **options: Any) -> TransfusionTrainer:
+    """One whose evaluations, one a step, find the weights of step `best` the best ones."""
+    trainer = tiny_trainer(output_dir, **BEST | options, eval_rows=AugmentedRows())
+
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": float(abs(trainer.state.global_step - best))}
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    vars(trainer)["_evaluate"] = evaluate
+    return trainer
 
 
 def plain_model() -> TransfusionForMultimodalGeneration:
@@ -187,4 +206,5 @@ __all__ = [
     "random_events",
     "run",
     "tiny_trainer",
+    "trainer_with_best",
 ]

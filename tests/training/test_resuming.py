@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from tests.training.resumable import (
     random_events,
     run,
     tiny_trainer,
+    trainer_with_best,
 )
 from tests.training.tiny_rows import ragged_rows, training_row
 from transfusion import TransfusionForMultimodalGeneration
@@ -432,18 +434,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize("best", [2, 6])
 def test_the_last_and_the_best_are_kept(best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best is loaded at the end, when it has been written."""
-    losses = iter(float(abs(step - best)) for step in range(1, 7))
     monkeypatch.setattr(os, "fsync", lambda number: time.sleep(0.01))
-    options: dict[str, Any] = {"save_total_limit": 2, "load_best_model_at_end": True, "eval_strategy": "steps"}
-    options |= {"eval_steps": 1, "ema_decay": None, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-    trainer = tiny_trainer(tmp_path, **options, eval_rows=AugmentedRows())
-
-    def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {"eval_loss": next(losses)}
-        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-        return metrics
-
-    monkeypatch.setattr(trainer, "_evaluate", evaluate)
+    trainer = trainer_with_best(tmp_path, best, save_total_limit=2)
     trainer.train()
     others = {2: "checkpoint-6", 6: "checkpoint-5"}
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{best}", others[best]}
@@ -451,9 +443,61 @@ def test_the_last_and_the_best_are_kept(best: int, tmp_path: Path, monkeypatch: 
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in weights.items())
 
 
+def test_the_best_that_was_saved_is_kept(tmp_path: Path) -> None:
+    """The third step is better, and was not saved."""
+    trainer = trainer_with_best(tmp_path, 3, save_steps=2, save_total_limit=1)
+    trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-6"}
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in weights.items())
+
+
 def test_settings_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="save_on_each_node=True"):
         tiny_trainer(tmp_path, save_on_each_node=True)
+    with pytest.raises(ValueError, match="auto_find_batch_size=True: .*set per_device_train_batch_size"):
+        tiny_trainer(tmp_path, auto_find_batch_size=True)
+    tiny_trainer(tmp_path, auto_find_batch_size=True, save_strategy="no")
+
+
+@pytest.mark.parametrize("done", [3, 6])
+def test_a_training_that_is_done_takes_no_step(done: int, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Within an epoch, and at the end of one."""
+    trainer = tiny_trainer(tmp_path, max_steps=done, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(whole[0] / f"checkpoint-{done}"))
+    assert trainer.state.global_step == done
+    weights = load_file(whole[0] / f"checkpoint-{done}" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_a_training_whose_time_is_over_takes_no_step(tmp_path: Path) -> None:
+    steps = []
+    for resume in (False, True):
+        options: dict[str, Any] = {"max_steps": -1, "max_minutes": 1.0}
+        end = Act(3, lambda: setattr(trainer._budget, "start", float("-inf")))  # from when on it is over
+        trainer = tiny_trainer(tmp_path, callbacks=[end], **options)
+        trainer.train(resume_from_checkpoint=resume)
+        steps.append(trainer.state.global_step)
+    assert steps == [4, 4]
+
+
+def test_an_adapter_of_the_model_itself(tmp_path: Path) -> None:
+    """Of `add_adapter`: it is saved alone, and resumes; one of another shape is refused."""
+
+    def adapted(rank: int = 2) -> Any:
+        model = plain_model().float()
+        model.add_adapter(peft.LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.1), "style")
+        return model
+
+    options: dict[str, Any] = {"ema_decay": None}
+    expected = trained(tmp_path, model=adapted(), **options)
+    assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
+    found = trained(tmp_path / "again", str(tmp_path / "checkpoint-3"), model=adapted(), **options)
+    assert not differences(found, expected)
+    other = plain_model().float()
+    other.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the adapter 'default' have other weights"):
+        load_weights(other, tmp_path / "checkpoint-3")
 
 
 # -- kills

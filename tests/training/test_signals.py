@@ -1,13 +1,19 @@
 import os
 import signal
+import subprocess
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from tests.training.resumable import Act, differences, outcome, tiny_trainer
+from tests.training.resumable import Act, AugmentedRows, differences, outcome, tiny_trainer, trainer_with_best
 from transfusion.training import signals
 from transfusion.training.signals import SaveOnSignal
 
@@ -36,19 +42,65 @@ def test_a_signal_saves_at_the_end_of_the_step(number: int, code: int, tmp_path:
     assert not differences(trained(tmp_path / "cut", SaveOnSignal(), resume=True), expected)
 
 
+class Note(TrainerCallback):
+    """Which steps were evaluated, and which were saved."""
+
+    def __init__(self) -> None:
+        self.evaluated: list[int] = []
+        self.saved: list[int] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated.append(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved.append(state.global_step)
+
+
 def test_no_evaluation_delays_the_checkpoint(tmp_path: Path) -> None:
-    evaluated: list[int] = []
-
-    class Note(Act):
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            evaluated.append(state.global_step)
-
-    trainer = tiny_trainer(tmp_path, callbacks=[SaveOnSignal(), send(signal.SIGTERM), Note(0, print)])
-    trainer.eval_dataset = trainer.train_dataset
-    trainer.args.eval_strategy, trainer.state.eval_steps, trainer.args.eval_steps = "steps", 1, 1
+    note, options = Note(), {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = tiny_trainer(
+        tmp_path, callbacks=[SaveOnSignal(), send(signal.SIGTERM), note], eval_rows=AugmentedRows(), **options
+    )
     with pytest.raises(SystemExit):
         trainer.train()
-    assert evaluated == [1, 2]
+    assert note.evaluated == [1, 2]
+
+
+def test_nothing_is_done_at_the_end_of_an_epoch_that_was_stopped(tmp_path: Path) -> None:
+    note, options = Note(), {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
+    trainer = tiny_trainer(
+        tmp_path, callbacks=[SaveOnSignal(), send(signal.SIGTERM), note], eval_rows=AugmentedRows(), **options
+    )
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert note.evaluated == [2] and note.saved == [2, 3]
+
+
+def test_the_checkpoint_of_a_signal_stays(tmp_path: Path) -> None:
+    """Beside the best one, though the limit is one; and the model is not the best one's."""
+    callbacks, limit = [SaveOnSignal(), send(signal.SIGTERM)], {"save_total_limit": 1}
+    trainer = trainer_with_best(tmp_path / "cut", 1, callbacks=callbacks, **limit)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"checkpoint-1", "checkpoint-3"}
+    for step, is_same in ((1, False), (3, True)):
+        weights = load_file(tmp_path / "cut" / f"checkpoint-{step}" / "model.safetensors")
+        found = trainer.model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in weights.items()) == is_same
+    whole, resumed = (trainer_with_best(tmp_path / name, 1, **limit) for name in ("whole", "cut"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(outcome(resumed), outcome(whole))
+
+
+def test_handlers_are_given_back_after_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("as any")
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(RuntimeError, match="as any"):
+        trained(tmp_path, SaveOnSignal(), Act(3, fail))
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_a_signal_at_the_last_step_changes_nothing(tmp_path: Path) -> None:
@@ -96,6 +148,16 @@ def stopped_by_an_echo(output_dir: Path) -> None:
     trained(output_dir, SaveOnSignal(), Act(3, twice, at_substep=True))
 
 
+def stopped_with_workers(output_dir: Path) -> None:
+    def to_all() -> None:
+        # By another process, as a scheduler does: of their parent, workers take it for the end of their work.
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
+        time.sleep(0.5)
+
+    os.setsid()
+    trained(output_dir, SaveOnSignal(), Act(3, to_all, at_substep=True), dataloader_num_workers=1)
+
+
 def stopped_once(output_dir: Path) -> None:
     trained(output_dir, SaveOnSignal(), send(signal.SIGTERM))
 
@@ -107,10 +169,13 @@ def stopped_once(output_dir: Path) -> None:
         (stopped_late, 143, []),
         (stopped_by_an_echo, 143, ["checkpoint-3"]),
         (stopped_once, 143, ["checkpoint-3"]),
+        (stopped_with_workers, 143, ["checkpoint-3"]),
     ],
 )
-def test_the_code_of_the_process(work: Any, code: int, left: list[str], tmp_path: Path) -> None:
-    """A second signal ends it at once, unless it is the same SIGTERM that came another way."""
+def test_the_code_of_the_process(work: Callable[[Path], None], code: int, left: list[str], tmp_path: Path) -> None:
+    """A second signal ends it at once, unless it is the same SIGTERM that came another way. One to the whole group of
+    processes leaves the workers alone.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.training.resumable"])
     process = context.Process(target=work, args=(tmp_path,))

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints import (
     BackgroundWriter,
@@ -34,6 +36,7 @@ from .checkpoints import (
 )
 from .distributed import is_sharded, model_writer, named_weights, whole_tensors
 from .distributed import load_weights as load_whole_weights
+from .signals import SaveOnSignal, ignore_signals
 from .states import (
     State,
     host_copy,
@@ -129,6 +132,11 @@ class ResumingTrainer(Trainer):
         self.add_callback(self._epoch_start)
         if self.args.save_on_each_node:
             raise ValueError("save_on_each_node=True: all processes write one checkpoint; set it to False.")
+        if self.args.auto_find_batch_size and self.args.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "auto_find_batch_size=True: a checkpoint of a batch size that was found could not be resumed; find it "
+                "with save_strategy='no', and set per_device_train_batch_size to it."
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint: a folder, or True for the last complete one in `output_dir`.
@@ -142,7 +150,19 @@ class ResumingTrainer(Trainer):
         try:
             return super().train(folder, **kwargs)
         finally:
+            for callback in self._signal_callbacks():
+                callback.give_back()
             self._writer.wait()
+
+    def _signal_callbacks(self) -> list[SaveOnSignal]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SaveOnSignal)]
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer makes it; a signal that stops the training leaves its workers alone."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self._signal_callbacks():
+            loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+        return loader
 
     def _checkpoint_to_resume(self, given: str | bool | None) -> str | None:
         """The checkpoint that is meant, which the first process compares with its manifest."""
@@ -204,11 +224,11 @@ class ResumingTrainer(Trainer):
             self._push_from_checkpoint(str(folder))
 
     def _best_name(self, folder: Path) -> str:
-        """The name of the best checkpoint, which may be `folder`; all processes note where it is."""
+        """The name of the best checkpoint that was saved, maybe `folder`; all processes note where it is."""
         best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
         if best == folder or best.exists():
             self.state.best_model_checkpoint = str(best)
-        return best.name
+        return Path(self.state.best_model_checkpoint or folder).name
 
     def _own_processes(self) -> Processes:
         if self._processes is None:
@@ -378,6 +398,8 @@ class ResumingTrainer(Trainer):
         restore_random_states(state["random"], self.args.device)
 
     def _load_best_model(self) -> None:
+        if any(callback.has_stopped for callback in self._signal_callbacks()):
+            return  # the training is not done
         load_weights(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
     # -- errors of the thread
@@ -389,7 +411,21 @@ class ResumingTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._writer.wait()  # the best model may be in it
-        return super()._finalize_training(*args, **kwargs)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # or the last one would be deleted
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer does, which would take one more step of a training that was done when it was resumed."""
+        if self._is_done():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_done(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
 
 def _of_groups(schedule: dict[str, Any], count: int) -> dict[str, Any]:
@@ -437,6 +473,9 @@ def load_weights(model: Any, folder: Path) -> None:
     Raises:
         ValueError: It lacks some, or has others.
     """
+    if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
+        _load_own_adapter(model, folder)
+        return
     if not isinstance(model, PreTrainedModel):
         name = model.active_adapter
         inside = "" if name == "default" else f"{name}/"  # as PEFT saves them
@@ -457,6 +496,18 @@ def load_weights(model: Any, folder: Path) -> None:
     places = {own[name].data_ptr() for name in weights.keys() & own.keys()}
     if wrong := loaded.unexpected_keys + [name for name in loaded.missing_keys if own[name].data_ptr() not in places]:
         raise ValueError(f"{folder} and the model have other weights: {wrong[:5]}. {RESUME_REMEDY}")
+
+
+def _load_own_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Load the adapter of a checkpoint into that which `add_adapter` gave `model`."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    name = model.active_adapters()[0]
+    saved = load_file(require(folder, "adapter_model.safetensors", RESUME_REMEDY))
+    weights = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    if wrong := sorted(weights.keys() ^ get_peft_model_state_dict(model, adapter_name=name).keys()):
+        raise ValueError(f"{folder} and the adapter {name!r} have other weights: {wrong[:5]}. {RESUME_REMEDY}")
+    set_peft_model_state_dict(model, weights, name)
 
 
 __all__ = ["FIXED_ARGUMENTS", "EpochStart", "ResumingTrainer", "load_weights"]

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -26,7 +27,8 @@ class SaveOnSignal(TrainerCallback):
     The code is 128 + the signal, as shells have it: 143 after SIGTERM, 130 after SIGINT. Who starts the process again,
     with `resume_from_checkpoint=True`, knows by it that the training is not done. A second signal ends the process at
     once, apart from a SIGTERM within a second. With several processes, all stop after the same step, whichever got the
-    signal. An evaluation due at that step is left out, and a signal in the last step changes nothing.
+    signal. An evaluation due at that step is left out, and a signal in the last step changes nothing. Workers that load
+    data for our trainer ignore both signals.
 
     For scripts: in a notebook ctrl-C would end the kernel.
 
@@ -71,13 +73,34 @@ class SaveOnSignal(TrainerCallback):
             self.has_stopped = control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the handlers back; end the process if a signal stopped the training."""
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave out what is due at the end of an epoch, which a stopped one comes to as well."""
+        if self.has_stopped:
+            control.should_evaluate = control.should_save = False
+
+    def give_back(self) -> None:
+        """Let the signals do what they did before the training."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the handlers back; end the process if a signal stopped the training."""
+        self.give_back()
         if self.has_stopped:
             logger.warning("Stopped after step %d, with a checkpoint to resume from.", state.global_step)
             raise SystemExit(128 + self.signal)
 
 
-__all__ = ["SaveOnSignal"]
+def ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a worker of a loader: by `then`, and deaf to signals, which a whole group of processes may get.
+
+    Without its workers a training could not finish the step.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+__all__ = ["SaveOnSignal", "ignore_signals"]

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from transformers.utils import logging
 
@@ -78,13 +79,25 @@ class LossSums:
 class EpochCallback(TrainerCallback):
     """Tells the dataset the epoch, as accelerate does only where there is one process, and streams where to go on."""
 
+    def __init__(self) -> None:
+        self.is_resumed = False
+        self.order: torch.Generator | None = None  # of rows that are grouped by length
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note whether there were steps before."""
+        self.is_resumed = state.global_step > 0
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Call `set_epoch` of a dataset that has one."""
         dataset = kwargs["train_dataloader"].dataset
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch))
-        if isinstance(dataset, SharedStream) and dataset.is_deferred and not args.ignore_data_skip:
-            dataset.num_skipped = state.global_step * args.gradient_accumulation_steps
+        if self.order is not None:
+            self.order.manual_seed((args.seed if args.data_seed is None else args.data_seed) + int(state.epoch))
+        if isinstance(dataset, SharedStream) and dataset.is_deferred:
+            is_skipping = self.is_resumed and not args.ignore_data_skip
+            dataset.num_skipped = state.global_step * args.gradient_accumulation_steps if is_skipping else 0
+        self.is_resumed = False
 
 
 class TransfusionTrainer(ResumingTrainer):
@@ -142,12 +155,13 @@ class TransfusionTrainer(ResumingTrainer):
             self.data_collator = TransfusionDataCollator(self.model.config)
         if isinstance(self.data_collator, TransfusionDataCollator):
             self.data_collator = dataclasses.replace(self.data_collator, with_sample_ids=True)
-        self._train_sums, self._eval_sums = LossSums(), LossSums()
-        self._level_sums, self._meter = LevelSums(), SpeedMeter()
+        self._train_sums, self._level_sums, self._meter = LossSums(), LevelSums(), SpeedMeter()
+        self._eval_sums = LossSums()
+        self._epochs = EpochCallback()
         self._ema = None if ema_decay is None else EmaCallback(ema_decay)
         self._budget = None if max_minutes is None else TimeBudget(max_minutes)
         self._check_settings()
-        self.add_callback(EpochCallback())
+        self.add_callback(self._epochs)
         if self._ema is not None:
             self.add_callback(self._ema)
         if self._budget is not None:
@@ -208,6 +222,17 @@ class TransfusionTrainer(ResumingTrainer):
             raise ValueError(
                 "Checkpoints: DeepSpeed keeps the weights to itself; set save_strategy='no', or use FSDP2."
             )
+        is_divided = self.is_fsdp_enabled or getattr(self.model, "is_distributed_loading_by_transformers", False)
+        if is_divided and hasattr(self.model, "peft_config") and self.args.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "Checkpoints hold no adapters of a sharded model; set save_strategy='no', or train them without FSDP "
+                "and tp_size."
+            )
+        if getattr(self.train_dataset, "num_passes", None) is not None:
+            raise ValueError(
+                f"num_passes={self.train_dataset.num_passes} of the training rows: their epochs would be alike, and "
+                "could not be resumed; set num_passes=None, and max_steps of the arguments."
+            )
         if getattr(getattr(self.model.config, "distributed_config", None), "fsdp_mixed_precision", False):
             raise ValueError(
                 "DistributedConfig(fsdp_mixed_precision=True) would round timesteps to bfloat16; set bf16=True of the "
@@ -259,6 +284,15 @@ class TransfusionTrainer(ResumingTrainer):
         if dataloader_key is not None and self.args.dataloader_persistent_workers:
             self._eval_dataloaders[dataloader_key] = loader
         return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As Trainer makes it; rows grouped by length have one order in all processes, however a step is divided."""
+        sampler = super()._get_train_sampler(train_dataset)
+        self._epochs.order = None
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size = self.get_total_train_batch_size(self.args)
+            sampler.generator = self._epochs.order = torch.Generator()
+        return sampler
 
     # -- losses
 
@@ -371,7 +405,9 @@ class TransfusionTrainer(ResumingTrainer):
         """Evaluate with averaged weights and noise of its own; losses are means over all tokens and patches."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.averaged_weights(), not_compiling(), torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed + self.args.process_index)
+            # Tensor-parallel processes have the same rows, and the same noise.
+            torch.manual_seed(self.args.seed + self.args.process_index // self.get_tp_size())
+            self._eval_sums = LossSums()
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if output.metrics.get(f"{metric_key_prefix}_loss") is not None:
             text_loss, image_loss = self._eval_sums.pop_means(self).tolist()
@@ -381,6 +417,9 @@ class TransfusionTrainer(ResumingTrainer):
         return output
 
     # -- time budget
+
+    def _is_done(self) -> bool:
+        return super()._is_done() or (self._budget is not None and self._budget.fraction >= 1.0)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple:
         """As Trainer counts them, but without an end where the clock sets it."""
@@ -498,6 +537,11 @@ class TransfusionTrainer(ResumingTrainer):
             sums = {name: [entry for state in states for entry in state[name]] for name in sums}
         return super()._shared_sums(states) | sums
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As Trainer does; what an earlier training has not logged is not of this one."""
+        self._train_sums, self._level_sums, self._meter = LossSums(), LevelSums(), SpeedMeter()
+        return super()._init_training_state(*args, **kwargs)
+
     def _restore_process(self, state: dict[str, Any]) -> None:
         super()._restore_process(state)
         for sums, name in ((self._train_sums, "loss_sums"), (self._level_sums, "level_sums")):
@@ -561,8 +605,12 @@ class TransfusionTrainer(ResumingTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the model as it is now; Trainer would upload all of `output_dir`."""
-        if self.args.hub_strategy != HubStrategy.END:
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        try:
             self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except Exception as error:  # of the network, for which no training should end
+            logger.warning(f"Step {self.state.global_step} was not uploaded, and the training goes on: {error!r}")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
