@@ -148,16 +148,6 @@ def stopped_by_an_echo(output_dir: Path) -> None:
     trained(output_dir, SaveOnSignal(), Act(3, twice, at_substep=True))
 
 
-def stopped_with_workers(output_dir: Path) -> None:
-    def to_all() -> None:
-        # By another process, as a scheduler does: of their parent, workers take it for the end of their work.
-        subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
-        time.sleep(0.5)
-
-    os.setsid()
-    trained(output_dir, SaveOnSignal(), Act(3, to_all, at_substep=True), dataloader_num_workers=1)
-
-
 def stopped_once(output_dir: Path) -> None:
     trained(output_dir, SaveOnSignal(), send(signal.SIGTERM))
 
@@ -169,13 +159,10 @@ def stopped_once(output_dir: Path) -> None:
         (stopped_late, 143, []),
         (stopped_by_an_echo, 143, ["checkpoint-3"]),
         (stopped_once, 143, ["checkpoint-3"]),
-        (stopped_with_workers, 143, ["checkpoint-3"]),
     ],
 )
 def test_the_code_of_the_process(work: Callable[[Path], None], code: int, left: list[str], tmp_path: Path) -> None:
-    """A second signal ends it at once, unless it is the same SIGTERM that came another way. One to the whole group of
-    processes leaves the workers alone.
-    """
+    """A second signal ends it at once, unless it is the same SIGTERM that came another way."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.training.resumable"])
     process = context.Process(target=work, args=(tmp_path,))
@@ -183,3 +170,21 @@ def test_the_code_of_the_process(work: Callable[[Path], None], code: int, left: 
     process.join(120)
     assert process.exitcode == code
     assert [path.name for path in tmp_path.iterdir()] == left
+
+
+def stopped_with_workers(output_dir: Path) -> None:
+    def to_all() -> None:
+        # By another process, as a scheduler does: of their parent, workers take it for the end of their work.
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
+        time.sleep(0.5)
+
+    os.setsid()
+    trained(output_dir, SaveOnSignal(), Act(3, to_all, at_substep=True), dataloader_num_workers=1)
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path: Path) -> None:
+    process = get_context("spawn").Process(target=stopped_with_workers, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]

@@ -27,8 +27,8 @@ class SaveOnSignal(TrainerCallback):
     The code is 128 + the signal, as shells have it: 143 after SIGTERM, 130 after SIGINT. Who starts the process again,
     with `resume_from_checkpoint=True`, knows by it that the training is not done. A second signal ends the process at
     once, apart from a SIGTERM within a second. With several processes, all stop after the same step, whichever got the
-    signal. An evaluation due at that step is left out, and a signal in the last step changes nothing. Workers that load
-    data for our trainer ignore both signals.
+    signal. An evaluation due at that step is left out, and a signal in the last step changes nothing. Workers that
+    load data for our trainer ignore both signals.
 
     For scripts: in a notebook ctrl-C would end the kernel.
 
