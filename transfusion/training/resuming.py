@@ -161,7 +161,8 @@ class ResumingTrainer(Trainer):
         """As Trainer makes it; a signal that stops the training leaves its workers alone."""
         loader = super()._get_dataloader(*args, **kwargs)
         if self._signal_callbacks():
-            loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+            inner = loader.base_dataloader  # accelerate's has no options of its own
+            inner.worker_init_fn = partial(ignore_signals, inner.worker_init_fn)
         return loader
 
     def _checkpoint_to_resume(self, given: str | bool | None) -> str | None:
