@@ -1,16 +1,21 @@
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from tests.fake_hub import make_fake_hub
 from tests.test_pipeline import make_pipeline
@@ -18,6 +23,7 @@ from tests.tiny import tiny_config, tiny_model
 from tests.training.tiny_rows import RowList, largest_difference, ragged_rows, training_row
 from transfusion import TransfusionPipeline
 from transfusion.modeling_transfusion import TransfusionForMultimodalGeneration
+from transfusion.training import trainer as trainer_module
 from transfusion.training.collator import TransfusionDataCollator
 from transfusion.training.trainer import TransfusionTrainer, count_targets
 
@@ -457,3 +463,124 @@ def test_checkpoints_of_deepspeed_are_refused(tmp_path: Path) -> None:
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="set save_strategy='no', or use FSDP2"):
         trainer._check_settings()
+
+
+# -- what one training leaves to the next
+
+
+class FiniteStream(IterableDataset):
+    """Four rows, which are made when they are asked for."""
+
+    num_passes: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (make() for make in self.deferred())
+
+    def deferred(self, start: int = 0) -> Iterator[Any]:
+        return (partial(dict, row) for row in ragged_rows()[start:4])
+
+    def blank(self) -> dict[str, Any]:
+        return training_row(5, 2, sample_id="blank")
+
+
+def seen_rows(trainer: TransfusionTrainer) -> list[Any]:
+    """Names of the rows of each batch from now on."""
+    seen: list[Any] = []
+    collate = trainer.data_collator
+
+    def note(rows: Any) -> Any:
+        seen.append([row["sample_id"] for row in rows])
+        return collate(rows)
+
+    trainer.data_collator = note
+    return seen
+
+
+def test_a_finite_stream_comes_again(tmp_path: Path) -> None:
+    """Real rows in each epoch; of a resumed training the rows that it had come as blank ones, once."""
+    options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    names = [[f"sample-{number}" for number in pair] for pair in ((0, 1), (2, 3))]
+    rows = FiniteStream()
+    for resume, expected in ((False, 2 * names), (True, [["blank"] * 2, names[1], *names])):
+        trainer = TransfusionTrainer(tiny_model(), arguments(tmp_path, max_steps=4, **options), train_dataset=rows)
+        seen = seen_rows(trainer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if resume else None)
+        assert seen[:4] == expected
+
+
+def test_passes_of_a_stream_are_refused(tmp_path: Path) -> None:
+    rows = FiniteStream()
+    rows.num_passes = 2
+    with pytest.raises(ValueError, match="num_passes=2 .*set num_passes=None"):
+        TransfusionTrainer(tiny_model(), arguments(tmp_path, max_steps=1), train_dataset=rows)
+
+
+def test_rows_grouped_by_length_have_one_order(tmp_path: Path) -> None:
+    """Whatever a process has drawn before, and however a step is divided; another in each epoch."""
+    orders = []
+    rows = [{**row, "sample_id": str(number)} for number, row in enumerate(4 * ragged_rows())]
+    for seed, batch_size in ((1, 8), (2, 4)):
+        options: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 2}
+        options |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+        trainer = TransfusionTrainer(tiny_model(), arguments(tmp_path, **options), train_dataset=RowList(rows))
+        seen = seen_rows(trainer)
+        torch.manual_seed(seed)
+        trainer.train()
+        orders.append([name for batch in seen for name in batch])
+    assert orders[0] == orders[1]
+    first, second = orders[0][:48], orders[0][48:]
+    assert first != second and sorted(first) == sorted(second) == sorted(row["sample_id"] for row in rows)
+
+
+def test_an_upload_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor the upload at its end passes in silence."""
+    make_fake_hub(tmp_path, monkeypatch)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(trainer_module, "share", fail)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "push_to_hub": True}
+    args = arguments(tmp_path / "mine", hub_model_id="user/name", **options)
+    trainer = TransfusionTrainer(tiny_model(), args, train_dataset=RowList(ragged_rows()))
+    monkeypatch.setattr(logging.getLogger("transfusion"), "propagate", True)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "Step 1 was not uploaded" in caplog.text and "the network is down" in caplog.text
+    with pytest.raises(ConnectionError, match="the network is down"):
+        trainer.push_to_hub()
+
+
+def test_tensor_parallel_processes_evaluate_with_one_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{name: value for name, value in row.items() if name != "sample_seed"} for row in ragged_rows()]
+    losses = []
+    trainer = TransfusionTrainer(tiny_model(), arguments(tmp_path))
+    for index, size in ((0, 1), (1, 2), (1, 1)):
+        monkeypatch.setattr(TrainingArguments, "process_index", index)
+        monkeypatch.setattr(trainer, "get_tp_size", lambda size=size: size)
+        losses.append(trainer.evaluate(RowList(rows))["eval_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_what_was_not_logged_is_not_of_the_next_training(tmp_path: Path) -> None:
+    model, rows = tiny_model(), RowList(ragged_rows())
+    trainer = TransfusionTrainer(model, arguments(tmp_path, max_steps=3, logging_steps=9), train_dataset=rows)
+    trainer.train()
+    trainer.args.logging_steps = 1
+    trainer.train()
+    first = trainer.state.log_history[0]
+    expected = first["text_loss"] + model.config.image_loss_weight * first["image_loss"]
+    assert first["loss"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_checkpoints_of_sharded_adapters_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
+    trainer = TransfusionTrainer(model, arguments(tmp_path, save_strategy="steps"))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="no adapters of a sharded model; set save_strategy='no'"):
+        trainer._check_settings()
+    trainer.args.save_strategy = SaveStrategy.NO
+    trainer._check_settings()
