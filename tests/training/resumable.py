@@ -86,7 +86,7 @@ def trainer_with_best(output_dir: Path, best: int, **options: Any) -> Transfusio
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
 
-    vars(trainer)["_evaluate"] = evaluate
+    setattr(trainer, "_evaluate", evaluate)  # noqa: B010
     return trainer
 
 

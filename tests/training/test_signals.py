@@ -57,7 +57,8 @@ class Note(TrainerCallback):
 
 
 def test_no_evaluation_delays_the_checkpoint(tmp_path: Path) -> None:
-    note, options = Note(), {"eval_strategy": "steps", "eval_steps": 1}
+    note = Note()
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
     trainer = tiny_trainer(
         tmp_path, callbacks=[SaveOnSignal(), send(signal.SIGTERM), note], eval_rows=AugmentedRows(), **options
     )
@@ -67,7 +68,8 @@ def test_no_evaluation_delays_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_nothing_is_done_at_the_end_of_an_epoch_that_was_stopped(tmp_path: Path) -> None:
-    note, options = Note(), {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
+    note = Note()
+    options: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
     trainer = tiny_trainer(
         tmp_path, callbacks=[SaveOnSignal(), send(signal.SIGTERM), note], eval_rows=AugmentedRows(), **options
     )
@@ -78,7 +80,8 @@ def test_nothing_is_done_at_the_end_of_an_epoch_that_was_stopped(tmp_path: Path)
 
 def test_the_checkpoint_of_a_signal_stays(tmp_path: Path) -> None:
     """Beside the best one, though the limit is one; and the model is not the best one's."""
-    callbacks, limit = [SaveOnSignal(), send(signal.SIGTERM)], {"save_total_limit": 1}
+    callbacks: list[Any] = [SaveOnSignal(), send(signal.SIGTERM)]
+    limit: dict[str, Any] = {"save_total_limit": 1}
     trainer = trainer_with_best(tmp_path / "cut", 1, callbacks=callbacks, **limit)
     with pytest.raises(SystemExit):
         trainer.train()
