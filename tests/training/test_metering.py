@@ -85,6 +85,7 @@ def test_tokens_that_are_no_padding_are_counted() -> None:
     found = meter.pop(Alone(model))
     assert meter.rate is not None
     assert found["tokens_per_second"] > 0 and 0 < found["mfu"] and meter.tokens == []
+    assert meter.rate is not None
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * flops_per_token(model) / meter.rate, rel=1e-6)
     assert flops_per_token(model) == 6 * model.num_parameters()
 
