@@ -196,7 +196,8 @@ def train_run(spec: RunSpec, resume: bool = False) -> TransfusionTrainer:
 def add_watchers(trainer: TransfusionTrainer, spec: RunSpec, training: TrainingSpec) -> None:
     """Add what looks at the training and what stops it with a checkpoint."""
     watch, processor = spec.watch, trainer.processing_class
-    trainer.add_callback(SaveOnSignal())
+    if not trainer.is_deepspeed_enabled:  # whose checkpoints cannot be resumed
+        trainer.add_callback(SaveOnSignal())
     trainer.add_callback(TextLossAlert())
     if sys.stderr.isatty() and spec.length.max_minutes is None and trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RichProgress())
