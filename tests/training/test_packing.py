@@ -23,6 +23,13 @@ def batches(text_dropout: float = 0.0, **options: Any) -> tuple[dict[str, Any], 
     return padded, packed
 
 
+def set_attention(model: Any, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA attends by segments where these are long; "segments" has it so for the short rows of tests too."""
+    model.set_attn_implementation("sdpa" if attention == "segments" else attention)
+    if attention == "segments":
+        monkeypatch.setattr("transfusion.attention.PAIRS_PER_KEY", {"single": 0, "half": 0})
+
+
 def test_first_fit_keeps_to_the_capacity_and_to_its_bound() -> None:
     chooser = random.Random(0)
     for _ in range(200):
@@ -60,7 +67,7 @@ def test_packing_leaves_out_padding_and_keeps_every_token() -> None:
     assert (packed["input_ids"][is_padding] == tiny_config().pad_token_id).all()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 @pytest.mark.parametrize("text_dropout", [0.0, 1.0])
 @pytest.mark.parametrize(
     "options",
@@ -73,10 +80,10 @@ def test_packing_leaves_out_padding_and_keeps_every_token() -> None:
     ids=lambda options: "-".join(map(str, options.values())) or "plain",
 )
 def test_losses_and_gradients_are_those_of_padded_rows(
-    options: dict[str, Any], text_dropout: float, attention: str
+    options: dict[str, Any], text_dropout: float, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(objective="flow", **options)
-    model.set_attn_implementation(attention)
+    set_attention(model, attention, monkeypatch)
     results = []
     for batch in batches(text_dropout):
         model.zero_grad()
@@ -100,10 +107,10 @@ def logits_of(model: Any, batch: dict[str, Any], row: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_documents_do_not_see_each_other(attention: str) -> None:
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+def test_documents_do_not_see_each_other(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(objective="flow")
-    model.set_attn_implementation(attention)
+    set_attention(model, attention, monkeypatch)
     padded, packed = batches()
     for row in range(12):
         assert torch.allclose(logits_of(model, packed, row), logits_of(model, padded, row), atol=1e-12)
@@ -167,10 +174,11 @@ def test_sample_names_move_with_their_rows() -> None:
     assert packed["sample_ids"] == [f"sample-{document}" for document in order]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_rows_train_under_autocast(attention: str) -> None:
+@pytest.mark.parametrize("attention", ["segments", "eager", "sdpa"])
+def test_packed_rows_train_under_autocast(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are rotated in float32 and values are bfloat16, with a cache or without."""
-    model = tiny_model(objective="flow", attn_implementation=attention).float()
+    model = tiny_model(objective="flow").float()
+    set_attention(model, attention, monkeypatch)
     _, packed = batches()
     packed |= {name: packed[name].float() for name in ("latent_patches", "noise")}
     exact = model(**packed, use_cache=False).loss
