@@ -51,14 +51,9 @@ class SegmentedMask:
         self.segments = tuple(segments)
 
     def work(self, pairs_per_key: int) -> int:
-        """Pairs that kernels go through, with what each call does for each of its keys, in pairs."""
-        total = 0
-        for segment in self.segments:
-            rows, queries, keys = (end - first for first, end in segment[:3])
-            is_triangle = segment.is_causal and queries == keys
-            pairs = queries * (queries + 1) // 2 if is_triangle else queries * keys
-            total += rows * (pairs + pairs_per_key * keys)
-        return total
+        """Pairs that are computed, and what each call does for each of its keys, in pairs."""
+        keys = sum((rows[1] - rows[0]) * (keys[1] - keys[0]) for rows, _, keys, _ in self.segments)
+        return self.num_pairs() + pairs_per_key * keys
 
     def num_pairs(self) -> int:
         """How many pairs of query and key are computed, those above the diagonal of causal segments left out."""

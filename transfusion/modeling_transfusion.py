@@ -57,9 +57,10 @@ class TransfusionRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last axis of `hidden_states` (..., H)."""
         dtype = hidden_states.dtype
-        if dtype.itemsize >= 4:
+        if dtype.itemsize >= 4 and dtype == self.weight.dtype:
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
+        wide = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        normed = F.rms_norm(wide, self.weight.shape, eps=self.variance_epsilon)
         return self.weight * normed.to(dtype)
 
     def extra_repr(self) -> str:

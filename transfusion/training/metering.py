@@ -1,6 +1,5 @@
 """What is logged of a training beside its two losses: losses by noise level, speed and memory."""
 
-import resource
 import sys
 import time
 from typing import Any
@@ -53,6 +52,12 @@ def peak_memory(device: torch.device) -> float:
     """The most that this process has held so far, in GB: of the device's memory, or of the host's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        import psutil  # of accelerate
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
